@@ -1,0 +1,45 @@
+# make demo    train on the faces that come with the project, draw new ones: demo/samples.png
+# make test    lint, and the whole test suite
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO := demo/pipeline
+
+.PHONY: demo test test-slow quality style clean
+
+demo: demo/samples.png
+
+demo/samples.png: $(DEMO)/model_index.json
+	$(BIN)/python examples/sample_hdit.py --pipeline $(DEMO) --output $@ --guidance_scale 2 \
+		--real_images examples/data/fluent_faces_64.png
+
+# An interrupted demo goes on where it was.
+$(DEMO)/model_index.json: | $(VENV)/.installed
+	$(BIN)/python examples/train_hdit.py --config examples/configs/tiny.json --output_dir $(DEMO) \
+		--resume_from_checkpoint latest
+
+test: quality
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+quality: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch first and pinned: the version that constraints.txt names, whatever the other packages would draw in.
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.10 or later is needed, this is {v.major}.{v.minor}. Try: make PYTHON=python3.12" if v < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info src/*.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,29 @@
+"""The Hourglass Diffusion Transformer for Diffusers: `HDiTModel`, `HDiTPipeline`, `presets`, `diffusion`."""
+
+import importlib
+
+
+__version__ = "0.1.0"
+
+# Imported on first use, so that `import diffusers_hdit` stays quick.
+_MODULES = {
+    "HDiTModel": "modeling_hdit",
+    "HDiTPipeline": "pipeline_hdit",
+    "presets": None,
+    "diffusion": None,
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _MODULES[name] is None:
+        return importlib.import_module(f".{name}", __name__)
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted([*globals(), *_MODULES])
