@@ -1,0 +1,430 @@
+"""Exact 2-D neighborhood attention: one function, interchangeable backends.
+
+Hassani et al. 2023, "Neighborhood Attention Transformer", https://arxiv.org/abs/2204.07143
+
+Shapes:
+    B batch              h, w grid of tokens        n heads         d channels of a head
+    kh, kw window        th, tw tile of queries     hh, hw halo: the keys that a tile of queries can see
+    R, C rows and columns of tiles                  T = R * C tiles
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+BACKENDS = ("natten", "tiled", "flex", "dense")
+
+_TILE = (8, 8)
+# The GPU kernels of FlexAttention take up to 128 queries or keys at once and refuse smaller mask blocks.
+_FLEX_TILES = {"cpu": (8, 8), "cuda": (8, 16)}
+_MAX_PLANS = 8
+_NATTEN_TRAINS_SINCE = (0, 21, 7)
+
+
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | tuple[int, int],
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attend from every token to the `kh x kw` window around it (Hassani et al. 2023, arXiv 2204.07143, section 3).
+
+    The window of token `(i, j)` starts at row `clamp(i - kh // 2, 0, h - kh)` and column
+    `clamp(j - kw // 2, 0, w - kw)`: near a border it moves inside the grid and never shrinks. All backends compute
+    the same values up to rounding; a window as large as the grid is ordinary attention and skips the backend.
+
+    Args:
+        query, key, value: `(B, h, w, n, d)`, any strides, one dtype and device.
+        kernel_size: window `k` or `(kh, kw)` in tokens, odd, at most `(h, w)`.
+        scale: factor on the scores before the softmax; `None` is `d ** -0.5`.
+        backend: `"auto"` (`natten` where it works, else `tiled`) or one of `BACKENDS`:
+
+            | name     | what runs                               | where                                       |
+            |----------|-----------------------------------------|---------------------------------------------|
+            | `natten` | NATTEN's compiled kernels               | CUDA with NATTEN's library                  |
+            | `tiled`  | scaled dot products on tiles with halos | everywhere, training and inference          |
+            | `flex`   | compiled FlexAttention                  | CUDA; CPU without gradients                 |
+            | `dense`  | one masked `(h * w) x (h * w)` product  | everywhere; memory grows with `(h * w) ** 2` |
+
+    Returns:
+        `(B, h, w, n, d)`.
+
+    Raises:
+        ValueError: for tensors that are not `(B, h, w, n, d)` of one shape, a window that is even or larger than the
+            grid, an unknown backend, or a named backend that cannot run on these tensors.
+    """
+    kernel = _checked_kernel(query, key, value, kernel_size)
+    training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    reason = unavailable_reason(
+        "natten" if backend == "auto" else backend,
+        device=query.device,
+        dtype=query.dtype,
+        head_dim=query.shape[-1],
+        training=training,
+        kernel_size=kernel,
+    )
+    if backend == "auto":
+        backend = "natten" if reason is None else "tiled"
+    elif reason is not None:
+        raise ValueError(reason)
+
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if kernel == tuple(query.shape[1:3]):
+        return whole_grid_attention(query, key, value, scale)
+    return _IMPLEMENTATIONS[backend](query, key, value, kernel, scale)
+
+
+def unavailable_reason(
+    backend: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    training: bool,
+    kernel_size: tuple[int, int] | None = None,
+) -> str | None:
+    """Say why a backend cannot run on such tensors and what to use instead, or return `None` if it can.
+
+    Args:
+        backend: one of `BACKENDS`.
+        device, dtype, head_dim: of the query, key and value.
+        training: whether gradients are needed.
+        kernel_size: `(kh, kw)` in tokens if known.
+
+    Raises:
+        ValueError: for an unknown backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"Unknown neighborhood attention backend {backend!r}; choose 'auto' or one of {', '.join(BACKENDS)}."
+        )
+    device_type = torch.device(device).type
+    if backend == "natten":
+        problem = _natten_problem(device_type, dtype, head_dim, training, kernel_size)
+    elif backend == "flex":
+        problem = _flex_problem(device_type, dtype, head_dim, training)
+    else:
+        problem = None
+    if problem is None:
+        return None
+    return f"Neighborhood attention backend {backend!r} cannot run here: {problem}. Use 'auto' or 'tiled' instead."
+
+
+def _checked_kernel(query: Tensor, key: Tensor, value: Tensor, kernel_size: int | tuple[int, int]) -> tuple[int, int]:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if query.ndim != 5:
+        raise ValueError(f"Expected tensors of shape (B, h, w, n, d), got {shapes}; reshape them to five dimensions.")
+    if key.shape != query.shape or value.shape != query.shape:
+        raise ValueError(f"Query, key and value must have one shape (B, h, w, n, d), got {shapes}.")
+    kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+    if len(kernel) != 2 or any(not isinstance(k, int) or k < 1 or k % 2 == 0 for k in kernel):
+        raise ValueError(
+            f"kernel_size must be a positive odd integer or a pair of them, got {kernel_size!r}; "
+            "an even window has no middle, choose the next odd size."
+        )
+    h, w = query.shape[1:3]
+    if kernel[0] > h or kernel[1] > w:
+        raise ValueError(
+            f"kernel_size {kernel} is larger than the {h}x{w} grid of tokens; "
+            "use a smaller window, a larger image, or global attention."
+        )
+    return kernel
+
+
+def _window_start(index: Tensor, kernel: int, length: int) -> Tensor:
+    """First key that the query at `index` sees along an axis of `length` tokens."""
+    return (index - kernel // 2).clamp(0, length - kernel)
+
+
+# ---- Plans: what depends on sizes only ----
+
+_plans: OrderedDict = OrderedDict()
+_plans_lock = threading.Lock()
+
+
+def _plan(build: Callable, query: Tensor, *key):
+    """`build(*key)` for the sizes, dtype and device in `key`, remembered for the last few of them."""
+    # A traced graph computes the plan itself, once for all layers of one size: it may hold symbolic sizes, and a
+    # stored tensor would tie the graph to this cache. Tensor subclasses (fake ones, say) must not leak into it.
+    if torch.compiler.is_compiling() or type(query) is not Tensor:
+        return build(*key)
+    key = (build, *key)
+    with _plans_lock:
+        if key in _plans:
+            _plans.move_to_end(key)
+            return _plans[key]
+    # Tensors made in inference mode could not be saved for a later backward pass.
+    with torch.inference_mode(False), torch.no_grad():
+        plan = build(*key[1:])
+    with _plans_lock:
+        _plans[key] = plan
+        while len(_plans) > _MAX_PLANS:
+            _plans.popitem(last=False)
+    return plan
+
+
+# ---- tiled ----
+
+
+def _axis_halos(length: int, kernel: int, tile: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Keys `(tiles, halo)` of each tile along one axis, and which of them `(tiles, tile, halo)` each query sees."""
+    halo = tile + kernel - 1
+    if halo > length:  # not min(): a traced graph keeps the constant for all lengths of one side
+        halo = length
+    first = torch.arange(-(-length // tile), device=device)[:, None] * tile
+    query = first + torch.arange(tile, device=device)
+    key = (first - kernel // 2).clamp(0, length - halo) + torch.arange(halo, device=device)
+    offset = key[:, None, :] - _window_start(query, kernel, length)[:, :, None]
+    return key, (offset >= 0) & (offset < kernel)
+
+
+def _tiled_plan(h: int, w: int, kh: int, kw: int, th: int, tw: int, dtype: torch.dtype, device: torch.device):
+    """Keys of each tile, as rows `(R, hh)` and columns `(C, hw)` and as flat indices `(T * hh * hw)`, and an additive
+    mask `(T, 1, th * tw, hh * hw)`."""
+    rows, sees_rows = _axis_halos(h, kh, th, device)
+    cols, sees_cols = _axis_halos(w, kw, tw, device)
+    keys = (rows[:, None, :, None] * w + cols[None, :, None, :]).flatten()
+    sees = sees_rows[:, None, :, None, :, None] & sees_cols[None, :, None, :, None, :]  # R, C, th, tw, hh, hw
+    sees = sees.flatten(4, 5).flatten(2, 3).flatten(0, 1)[:, None]
+    # Rows that start at multiples of 16 elements spare the memory-efficient CUDA kernel a padded copy per call.
+    bias = torch.zeros(*sees.shape[:3], -(-sees.shape[3] // 16) * 16, dtype=dtype, device=device)
+    bias = bias[..., : sees.shape[3]].masked_fill_(~sees, float("-inf"))
+    return rows, cols, keys, bias
+
+
+def _split(x: Tensor, th: int, tw: int) -> Tensor:
+    """(B, h, w, n, d) -> (B, R, th, C, tw, n, d); zeros fill the tiles that reach over the border."""
+    h, w = x.shape[1:3]
+    if h % th or w % tw:
+        x = F.pad(x, (0, 0, 0, 0, 0, -w % tw, 0, -h % th))
+    return x.unflatten(2, (-1, tw)).unflatten(1, (-1, th))
+
+
+def _tiled(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], scale: float) -> Tensor:
+    b, h, w, n, d = query.shape
+    th, tw = (tile if tile < length else length for tile, length in zip(_TILE, (h, w), strict=True))
+    rows, cols, keys, bias = _plan(_tiled_plan, query, h, w, *kernel, th, tw, query.dtype, query.device)
+
+    def halos(x: Tensor) -> Tensor:
+        # Tokens first: one gather of whole (B, n, d) rows, and its transpose needs no second copy.
+        x = x.permute(1, 2, 0, 3, 4).reshape(h * w, b * n, d)
+        if torch.compiler.is_compiling():
+            # Inductor (torch 2.13) fails to simplify a flat index that it computes itself in an inference graph.
+            x = x.unflatten(0, (h, w))[rows[:, None, :, None], cols[None, :, None, :]]
+        else:
+            x = x.index_select(0, keys)
+        return x.reshape(bias.shape[0], bias.shape[3], b * n, d).transpose(1, 2)
+
+    queries = _split(query, th, tw).permute(1, 3, 0, 5, 2, 4, 6)  # R, C, B, n, th, tw, d
+    r, c = queries.shape[:2]
+    # Tiles are the batch and (B, n) the heads, so that one mask per tile broadcasts over everything else.
+    queries = queries.reshape(r * c, b * n, th * tw, d)
+    out = F.scaled_dot_product_attention(queries, halos(key), halos(value), attn_mask=bias, scale=scale)
+    out = out.reshape(r, c, b, n, th, tw, d).permute(2, 0, 4, 1, 5, 3, 6).reshape(b, r * th, c * tw, n, d)
+    return out[:, :h, :w]
+
+
+# ---- flex ----
+
+
+def _axis_blocks(length: int, kernel: int, tile: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Along one axis, the first tile of keys that each tile of queries sees and their number; then the converse."""
+    first = torch.arange(-(-length // tile), device=device) * tile
+    lowest = _window_start(first, kernel, length) // tile
+    highest = (_window_start(first + tile - 1, kernel, length) + kernel - 1) // tile
+    tiles = first // tile
+    first_seen_by = torch.searchsorted(highest, tiles)
+    return lowest, highest - lowest + 1, first_seen_by, torch.searchsorted(lowest, tiles, right=True) - first_seen_by
+
+
+def _block_lists(first_row: Tensor, rows: Tensor, first_col: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+    """Number `(1, 1, T)` and flat indices `(1, 1, T, T)`, that many of them valid, of rectangles of tiles."""
+    r, c = rows.shape[0], cols.shape[0]
+    slot = torch.arange(r * c, device=rows.device)
+    row = first_row[:, None, None] + slot // cols[None, :, None]
+    col = first_col[None, :, None] + slot % cols[None, :, None]
+    index = (row * c + col).clamp(max=r * c - 1)
+    return (rows[:, None] * cols).view(1, 1, -1).int(), index.view(1, 1, r * c, r * c).int()
+
+
+def _flex_plan(h: int, w: int, kh: int, kw: int, th: int, tw: int, device: torch.device):
+    """Block mask over tokens in tile order. Padded keys lie behind the last window, so no query sees them."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    first_row, rows, first_row_seen_by, rows_seen_by = _axis_blocks(h, kh, th, device)
+    first_col, cols, first_col_seen_by, cols_seen_by = _axis_blocks(w, kw, tw, device)
+    r, c = rows.shape[0], cols.shape[0]
+    keys = _block_lists(first_row, rows, first_col, cols)
+    queries = _block_lists(first_row_seen_by, rows_seen_by, first_col_seen_by, cols_seen_by)
+
+    row = torch.arange(r * th, device=device).view(r, 1, th, 1).expand(r, c, th, tw).flatten()
+    col = torch.arange(c * tw, device=device).view(1, c, 1, tw).expand(r, c, th, tw).flatten()
+    start_row, start_col = _window_start(row, kh, h), _window_start(col, kw, w)
+
+    # Looking coordinates up is cheaper than dividing for them at every score.
+    def sees(batch, head, q, k):
+        y, x = row[k] - start_row[q], col[k] - start_col[q]
+        return (y >= 0) & (y < kh) & (x >= 0) & (x < kw)
+
+    # Not `from_kv_blocks`, which finds the converse lists with a vmap that fails inside an opaque operator.
+    return BlockMask(
+        (row.shape[0],) * 2, *keys, None, None, *queries, None, None, BLOCK_SIZE=(th * tw,) * 2, mask_mod=sees
+    )
+
+
+_compiled_flex_attention: Callable | None = None
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], scale: float) -> Tensor:
+    global _compiled_flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if torch.compiler.is_compiling() and query.device.type == "cpu":
+        return _opaque_flex(query, key, value, *kernel, scale)
+    b, h, w, n, d = query.shape
+    th, tw = _FLEX_TILES[query.device.type]
+    mask = _plan(_flex_plan, query, h, w, *kernel, th, tw, query.device)
+    attend = flex_attention
+    if not torch.compiler.is_compiling():
+        if _compiled_flex_attention is None:
+            # Symbolic sizes do not compile on the CPU. Where PyTorch's limit of recompilations is reached, an error
+            # is better than the uncompiled fallback, which stores all scores.
+            _compiled_flex_attention = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+        attend = _compiled_flex_attention
+
+    if not torch.is_grad_enabled():
+        # On the CPU, leaves that require a gradient are refused even where none is computed.
+        query, key, value = query.detach(), key.detach(), value.detach()
+    query, key, value = (_split(x, th, tw).permute(0, 5, 1, 3, 2, 4, 6) for x in (query, key, value))
+    r, c = query.shape[2:4]
+    query, key, value = (x.reshape(b, n, r * c * th * tw, d) for x in (query, key, value))
+    out = attend(query, key, value, block_mask=mask, scale=scale)
+    out = out.reshape(b, n, r, c, th, tw, d).permute(0, 2, 4, 3, 5, 1, 6).reshape(b, r * th, c * tw, n, d)
+    return out[:, :h, :w]
+
+
+@torch.library.custom_op("diffusers_hdit::flex_neighborhood_attention", mutates_args=())
+def _opaque_flex(query: Tensor, key: Tensor, value: Tensor, kh: int, kw: int, scale: float) -> Tensor:
+    """`_flex` as one node of a traced graph: on the CPU, FlexAttention does not compile next to other operations."""
+    return _flex(query, key, value, (kh, kw), scale).contiguous()
+
+
+@_opaque_flex.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, kh: int, kw: int, scale: float) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+def _flex_problem(device_type: str, dtype: torch.dtype, head_dim: int, training: bool) -> str | None:
+    if device_type not in ("cpu", "cuda"):
+        return f"FlexAttention is used on CPU and CUDA only, not on {device_type!r}"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"FlexAttention computes in float32, float16 or bfloat16, not in {dtype}"
+    if device_type == "cpu" and training:
+        return "FlexAttention has no backward pass on the CPU"
+    if device_type == "cuda" and head_dim < 16:
+        return f"FlexAttention needs heads of at least 16 channels on CUDA, not {head_dim}"
+    return _flex_toolchain_problem(device_type) or None
+
+
+@torch.compiler.assume_constant_result
+def _flex_toolchain_problem(device_type: str) -> str:
+    if device_type == "cuda":
+        return (
+            "" if importlib.util.find_spec("triton") else "FlexAttention on CUDA needs Triton, which is not installed"
+        )
+    if sys.platform == "darwin" or "AVX2" not in torch.backends.cpu.get_cpu_capability().replace("AVX512", "AVX2"):
+        return "FlexAttention on the CPU needs an x86 processor with AVX2"
+    compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "g++")
+    return (
+        "" if shutil.which(compiler) else f"FlexAttention on the CPU needs a C++ compiler, and {compiler!r} is missing"
+    )
+
+
+# ---- natten ----
+
+
+def _natten(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], scale: float) -> Tensor:
+    from natten import na2d
+
+    return na2d(query.contiguous(), key.contiguous(), value.contiguous(), kernel_size=kernel, scale=scale)
+
+
+def _natten_problem(
+    device_type: str, dtype: torch.dtype, head_dim: int, training: bool, kernel: tuple[int, int] | None
+) -> str | None:
+    if device_type != "cuda":
+        return f"NATTEN's kernels run on CUDA, not on {device_type!r}"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"NATTEN computes in float32, float16 or bfloat16, not in {dtype}"
+    if head_dim % 8 != 0:
+        return f"NATTEN needs heads whose channels are a multiple of 8, not {head_dim}"
+    if kernel is not None and min(kernel) < 2:
+        return f"NATTEN needs windows of at least 2 tokens along each axis, not {kernel}"
+    problem, version = _natten_library()
+    if not problem and training and version < _NATTEN_TRAINS_SINCE:
+        wanted, found = (".".join(map(str, v)) for v in (_NATTEN_TRAINS_SINCE, version))
+        return f"training needs NATTEN {wanted} or later (older gradients can be NaN), found {found}"
+    return problem or None
+
+
+_natten_answer: tuple[str, tuple[int, ...]] | None = None
+
+
+@torch.compiler.assume_constant_result
+def _natten_library() -> tuple[str, tuple[int, ...]]:
+    """What is wrong with the installed NATTEN (empty if nothing), and its version; looked up once."""
+    global _natten_answer
+    if _natten_answer is None:
+        _natten_answer = _find_natten()
+    return _natten_answer
+
+
+def _find_natten() -> tuple[str, tuple[int, ...]]:
+    if importlib.util.find_spec("natten") is None:
+        return "NATTEN is not installed", ()
+    try:
+        import natten
+    except Exception as error:  # a library built for another PyTorch or CUDA fails in many ways
+        return f"NATTEN is installed but does not import ({error})", ()
+    if not getattr(natten, "HAS_LIBNATTEN", False):
+        return "NATTEN is installed without its compiled library", ()
+    release = natten.__version__.split("+")[0].split(".")[:3]
+    return "", tuple(int("".join(filter(str.isdigit, part)) or 0) for part in release)
+
+
+# ---- dense ----
+
+
+def whole_grid_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None
+) -> Tensor:
+    """Every token sees every other one that the boolean `mask (h * w, h * w)` allows; all `(B, h, w, n, d)`."""
+    h, w = query.shape[1:3]
+    query, key, value = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return out.transpose(1, 2).unflatten(1, (h, w))
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], scale: float) -> Tensor:
+    def sees(length: int, k: int) -> Tensor:
+        index = torch.arange(length, device=query.device)
+        offset = index - _window_start(index, k, length)[:, None]
+        return (offset >= 0) & (offset < k)
+
+    h, w = query.shape[1:3]
+    mask = sees(h, kernel[0])[:, None, :, None] & sees(w, kernel[1])[None, :, None, :]
+    return whole_grid_attention(query, key, value, scale, mask.reshape(h * w, h * w))
+
+
+_IMPLEMENTATIONS = {"natten": _natten, "tiled": _tiled, "flex": _flex, "dense": _dense}
