@@ -1,0 +1,748 @@
+"""The Hourglass Diffusion Transformer, from the patches in to the patches out, in the order of the paper.
+
+Crowson et al., "Scalable High-Resolution Pixel-Space Image Synthesis with Hourglass Diffusion Transformers",
+ICML 2024, arXiv 2401.11605. Section and figure numbers below are the paper's.
+
+Shapes: B batch, C channels, H×W pixels, h×w tokens of a level, D width of a level, n heads, d head dim,
+M mapping width. Tokens are channels-last, (B, h, w, D), throughout.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from .neighborhood import BACKENDS, neighborhood_attention, unavailable_reason, whole_grid_attention
+
+
+EPS = 1e-6
+ATTENTION_TYPES = ("neighborhood", "global", "shifted_window", "none")
+
+
+@dataclass
+class HDiTModelOutput(BaseOutput):
+    """
+    Attributes:
+        sample (`torch.Tensor` of shape `(B, C, H, W)`): the raw network output F, not yet the denoised image.
+    """
+
+    sample: Tensor
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Positions: axial rotary embeddings (section 4.2)
+
+
+def axial_positions(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token centres `y (h,)` and `x (w,)` on a grid that fills [-1, 1] along the longer side, aspect ratio kept."""
+
+    def centres(length: int) -> Tensor:
+        bound = length / max(height, width)
+        edges = torch.linspace(-bound, bound, length + 1, device=device, dtype=torch.float32)
+        return (edges[:-1] + edges[1:]) / 2
+
+    return centres(height), centres(width)
+
+
+def axial_rotary_frequencies(num_heads: int, head_dim: int, device: torch.device | None = None) -> Tensor:
+    """Frequencies `(n, d/8)`, log-spaced over [π, 10π) and dealt out to the heads in turn, as the reference does."""
+    count = num_heads * head_dim // 8
+    frequencies = torch.linspace(
+        math.log(math.pi), math.log(10 * math.pi), count + 1, device=device, dtype=torch.float32
+    )[:-1].exp()
+    return frequencies.view(head_dim // 8, num_heads).T.contiguous()
+
+
+def axial_rotary_tables(y: Tensor, x: Tensor, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `(h, w, n, d/4)` of the angles, float32: the first half turns with y, the second with x."""
+    frequencies = axial_rotary_frequencies(num_heads, head_dim, y.device)
+    angles_y, angles_x = y[:, None, None] * frequencies, x[:, None, None] * frequencies
+    shape = (len(y), len(x), *frequencies.shape)
+
+    def table(function) -> Tensor:
+        rows, columns = function(angles_y)[:, None].expand(shape), function(angles_x)[None].expand(shape)
+        return torch.cat((rows, columns), dim=-1)
+
+    return table(torch.cos), table(torch.sin)
+
+
+def cosine_similarity_rotary(x: Tensor, scale: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Scales queries or keys `(B, h, w, n, d)` to the length sqrt(scale) of their head, then rotates them.
+
+    Logits of two such vectors are scale * cosine similarity (section 4.2). At least float32 inside: an angle or a norm
+    rounded to bfloat16 would move every logit.
+    """
+    cos, sin = rotary
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(dtype)
+    y = y * (scale.to(dtype).sqrt()[:, None] * torch.rsqrt(y.square().sum(-1, keepdim=True) + EPS))
+    quarter = cos.shape[-1]
+    first, second, rest = y.split((quarter, quarter, y.shape[-1] - 2 * quarter), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Conditioning: noise level, augmentation, class and vectors to one embedding (B, M) (section 4.4, appendix B)
+
+
+class FourierFeatures(nn.Module):
+    """`(B, in) -> (B, M)`: cosines and sines of 2π x Wᵀ with a fixed random W `(M/2, in)` that is stored with the weights."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.register_buffer("weight", torch.randn(out_features // 2, in_features, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Not a matmul, which autocast would run in half precision.
+        f = 2 * math.pi * (x[:, None, :] * self.weight.to(x.dtype)).sum(-1)
+        return torch.cat((f.cos(), f.sin()), dim=-1)
+
+
+class HDiTFeedForward(nn.Module):
+    """`(..., D) -> (..., D)`: GEGLU (section 4.3), the last projection zero at the start."""
+
+    def __init__(self, dim: int, ff_dim: int, dropout: float = 0.0):
+        super().__init__()
+        self.up_proj = nn.Linear(dim, 2 * ff_dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self.down_proj = zero_init(nn.Linear(ff_dim, dim, bias=False))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        value, gate = self.up_proj(hidden_states).chunk(2, dim=-1)
+        return self.down_proj(self.dropout(value * F.gelu(gate)))
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a learned scale. Statistics in float32 (nn.RMSNorm warns when autocast mixes its dtypes)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=EPS) * self.weight.to(x.dtype)
+
+
+class HDiTMappingBlock(nn.Module):
+    def __init__(self, dim: int, ff_dim: int, dropout: float):
+        super().__init__()
+        self.norm = RMSNorm(dim)
+        self.ff = HDiTFeedForward(dim, ff_dim, dropout)
+
+    def forward(self, cond: Tensor) -> Tensor:
+        return cond + self.ff(self.norm(cond))
+
+
+class HDiTMappingNetwork(nn.Module):
+    """`(B, M) -> (B, M)`, the residual mapping network in front of all adaptive norms."""
+
+    def __init__(self, depth: int, dim: int, ff_dim: int, dropout: float):
+        super().__init__()
+        self.norm_in = RMSNorm(dim)
+        self.blocks = nn.ModuleList([HDiTMappingBlock(dim, ff_dim, dropout) for _ in range(depth)])
+        self.norm_out = RMSNorm(dim)
+
+    def forward(self, cond: Tensor) -> Tensor:
+        cond = self.norm_in(cond)
+        for block in self.blocks:
+            cond = block(cond)
+        return self.norm_out(cond)
+
+
+class HDiTConditioning(nn.Module):
+    """Embeds and sums everything that conditions a sample, and maps the sum: `(B, M)`."""
+
+    def __init__(self, dim, num_classes, augment_cond_dim, mapping_cond_dim, mapping: HDiTMappingNetwork):
+        super().__init__()
+        self.num_classes, self.augment_cond_dim, self.mapping_cond_dim = (
+            num_classes,
+            augment_cond_dim,
+            mapping_cond_dim,
+        )
+        self.time_proj = FourierFeatures(1, dim)
+        self.time_embedder = nn.Linear(dim, dim, bias=False)
+        self.augment_proj = FourierFeatures(augment_cond_dim, dim) if augment_cond_dim else None
+        self.augment_embedder = nn.Linear(dim, dim, bias=False) if augment_cond_dim else None
+        # One row more than there are classes: the last one means "no label".
+        self.class_embedder = nn.Embedding(num_classes + 1, dim) if num_classes else None
+        self.mapping_cond_embedder = nn.Linear(mapping_cond_dim, dim, bias=False) if mapping_cond_dim else None
+        self.mapping = mapping
+
+    def forward(
+        self,
+        timestep: Tensor,
+        class_labels: Tensor | None,
+        augment_cond: Tensor | None,
+        mapping_cond: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        batch = timestep.shape[0]
+        self.check_inputs(batch, class_labels, augment_cond, mapping_cond)
+        cond = self.time_embedder(self.time_proj(timestep[:, None]).to(dtype))
+        if self.augment_proj is not None:
+            if augment_cond is None:
+                augment_cond = timestep.new_zeros(batch, self.augment_cond_dim)
+            cond = cond + self.augment_embedder(self.augment_proj(augment_cond.to(timestep.dtype)).to(dtype))
+        if self.class_embedder is not None:
+            if class_labels is None:
+                class_labels = torch.full((batch,), self.num_classes, device=timestep.device)
+            cond = cond + self.class_embedder(class_labels)
+        if self.mapping_cond_embedder is not None and mapping_cond is not None:
+            cond = cond + self.mapping_cond_embedder(mapping_cond.to(dtype))
+        return self.mapping(cond)
+
+    def check_inputs(self, batch, class_labels, augment_cond, mapping_cond):
+        if class_labels is not None:
+            if self.class_embedder is None:
+                raise ValueError("class_labels were given, but this model has num_classes=None. Leave them out.")
+            if class_labels.shape != (batch,):
+                raise ValueError(f"class_labels must have shape ({batch},), got {tuple(class_labels.shape)}.")
+            # Looking at values on an accelerator would make every step wait for it.
+            if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+                low, high = int(class_labels.min()), int(class_labels.max())
+                if low < 0 or high > self.num_classes:
+                    raise ValueError(
+                        f"class_labels must be 0 to {self.num_classes - 1}, or {self.num_classes} for no label; "
+                        f"got values from {low} to {high}."
+                    )
+        for name, value, dim in (
+            ("augment_cond", augment_cond, self.augment_cond_dim),
+            ("mapping_cond", mapping_cond, self.mapping_cond_dim),
+        ):
+            if value is not None and tuple(value.shape) != (batch, dim):
+                raise ValueError(
+                    f"{name} must have shape ({batch}, {dim}) for this model with {name}_dim={dim}, "
+                    f"got {tuple(value.shape)}."
+                )
+
+
+class AdaRMSNorm(nn.Module):
+    """RMSNorm of `(B, h, w, D)` whose scale is 1 + a linear map of the conditioning `(B, M)`; statistics in float32."""
+
+    def __init__(self, dim: int, cond_dim: int):
+        super().__init__()
+        self.linear = zero_init(nn.Linear(cond_dim, dim, bias=False))
+
+    def forward(self, hidden_states: Tensor, cond: Tensor) -> Tensor:
+        scale = 1 + self.linear(cond)
+        return F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=EPS) * scale[:, None, None]
+
+
+def zero_init(linear: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(linear.weight)
+    return linear
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention kinds: parameterless, (B, h, w, n, d) three times -> (B, h, w, n, d). Softmax scale 1, see above.
+
+
+class GlobalAttention(nn.Module):
+    """Every token sees every token of its level."""
+
+    def keys_per_query(self, height: int, width: int) -> int:
+        return height * width
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return whole_grid_attention(query, key, value, scale=1.0)
+
+
+class NeighborhoodAttention(nn.Module):
+    """Every token sees the kernel_size × kernel_size tokens around it (see `neighborhood.py`)."""
+
+    def __init__(self, kernel_size: int):
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.backend = "auto"
+
+    def keys_per_query(self, height: int, width: int) -> int:
+        return self.kernel_size**2
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return neighborhood_attention(query, key, value, self.kernel_size, scale=1.0, backend=self.backend)
+
+
+class ShiftedWindowAttention(nn.Module):
+    """Attention inside windows of a grid that is rolled by `shift` (Liu et al. 2021, arXiv 2103.14030)."""
+
+    def __init__(self, window_size: int, shift: int):
+        super().__init__()
+        self.window_size, self.shift = window_size, shift
+
+    def keys_per_query(self, height: int, width: int) -> int:
+        return self.window_size**2
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, height, width, heads, dim = query.shape
+        size = self.window_size
+        rows, columns = height // size, width // size
+
+        def to_windows(x: Tensor) -> Tensor:
+            x = x.roll((self.shift, self.shift), (1, 2)) if self.shift else x
+            x = x.reshape(batch, rows, size, columns, size, heads, dim).permute(1, 3, 0, 5, 2, 4, 6)
+            return x.reshape(rows * columns, batch * heads, size * size, dim)
+
+        mask = self.same_side(height, width, query.device) if self.shift else None
+        out = F.scaled_dot_product_attention(*map(to_windows, (query, key, value)), attn_mask=mask, scale=1.0)
+        out = out.reshape(rows, columns, batch, heads, size, size, dim).permute(2, 0, 4, 1, 5, 3, 6)
+        out = out.reshape(batch, height, width, heads, dim)
+        return out.roll((-self.shift, -self.shift), (1, 2)) if self.shift else out
+
+    def same_side(self, height: int, width: int, device: torch.device) -> Tensor:
+        """Mask `(windows, 1, s², s²)`: tokens brought together by the roll, but apart in the image, do not see each other."""
+        size = self.window_size
+        wrapped_rows = torch.arange(height, device=device) < self.shift
+        wrapped_columns = torch.arange(width, device=device) < self.shift
+        side = 2 * wrapped_rows[:, None].int() + wrapped_columns[None].int()
+        side = side.reshape(height // size, size, width // size, size).transpose(1, 2).reshape(-1, 1, size * size)
+        return side[..., :, None] == side[..., None, :]
+
+
+def make_attention_kind(attention_type: str, kernel_size: int, window_size: int, index: int) -> nn.Module:
+    """`index`: number of the block in its level, counting on through the up path; every second one is shifted."""
+    if attention_type == "neighborhood":
+        return NeighborhoodAttention(kernel_size)
+    if attention_type == "shifted_window":
+        return ShiftedWindowAttention(window_size, shift=window_size // 2 if index % 2 else 0)
+    return GlobalAttention()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A block (figure 3)
+
+
+class HDiTAttention(nn.Module):
+    """Cosine-similarity attention with axial rotary embeddings, `(B, h, w, D) -> (B, h, w, D)`."""
+
+    def __init__(self, dim: int, head_dim: int, kind: nn.Module, dropout: float):
+        super().__init__()
+        self.head_dim = head_dim
+        self.kind = kind
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.to_v = nn.Linear(dim, dim, bias=False)
+        self.scale = nn.Parameter(torch.full((dim // head_dim,), 10.0))
+        self.dropout = nn.Dropout(dropout)
+        # A list of one: the LoRA configurations that people have for Diffusers' attention name this layer `to_out.0`.
+        self.to_out = nn.ModuleList([zero_init(nn.Linear(dim, dim, bias=False))])
+
+    def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        heads = (-1, self.head_dim)
+        query = cosine_similarity_rotary(self.to_q(hidden_states).unflatten(-1, heads), self.scale, rotary)
+        key = cosine_similarity_rotary(self.to_k(hidden_states).unflatten(-1, heads), self.scale, rotary)
+        value = self.to_v(hidden_states).unflatten(-1, heads)
+        out = self.kind(query, key, value).flatten(-2)
+        return self.to_out[0](self.dropout(out))
+
+
+class HDiTTransformerBlock(nn.Module):
+    """Attention, then feed-forward, each behind an AdaRMSNorm and around a residual."""
+
+    def __init__(self, dim: int, ff_dim: int, cond_dim: int, head_dim: int, kind: nn.Module, dropout: float):
+        super().__init__()
+        self.norm1 = AdaRMSNorm(dim, cond_dim)
+        self.attn = HDiTAttention(dim, head_dim, kind, dropout)
+        self.norm2 = AdaRMSNorm(dim, cond_dim)
+        self.ff = HDiTFeedForward(dim, ff_dim, dropout)
+
+    def forward(self, hidden_states: Tensor, cond: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        hidden_states = hidden_states + self.attn(self.norm1(hidden_states, cond), rotary)
+        return hidden_states + self.ff(self.norm2(hidden_states, cond))
+
+
+class HDiTFeedForwardBlock(nn.Module):
+    """A block of a level whose attention type is "none"."""
+
+    def __init__(self, dim: int, ff_dim: int, cond_dim: int, dropout: float):
+        super().__init__()
+        self.norm2 = AdaRMSNorm(dim, cond_dim)
+        self.ff = HDiTFeedForward(dim, ff_dim, dropout)
+
+    def forward(self, hidden_states: Tensor, cond: Tensor, rotary: None = None) -> Tensor:
+        return hidden_states + self.ff(self.norm2(hidden_states, cond))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Between levels (section 4.1)
+
+
+class TokenMerge(nn.Module):
+    """`(B, p·h, q·w, D) -> (B, h, w, D')`: a patch of p×q tokens, in the order (row, column, channel), becomes one token."""
+
+    def __init__(self, in_features: int, out_features: int, patch_size: tuple[int, int] = (2, 2)):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Linear(in_features * math.prod(patch_size), out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p, q = self.patch_size
+        batch, height, width, dim = x.shape
+        x = x.reshape(batch, height // p, p, width // q, q, dim).transpose(2, 3)
+        return self.proj(x.flatten(3))
+
+
+class TokenSplit(nn.Module):
+    """`(B, h, w, D) -> (B, p·h, q·w, D')`, the way back."""
+
+    def __init__(self, in_features: int, out_features: int, patch_size: tuple[int, int] = (2, 2)):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Linear(in_features, out_features * math.prod(patch_size), bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p, q = self.patch_size
+        batch, height, width, _ = x.shape
+        x = self.proj(x).reshape(batch, height, width, p, q, -1).transpose(2, 3)
+        return x.reshape(batch, height * p, width * q, -1)
+
+
+class TokenSplitWithSkip(TokenSplit):
+    """TokenSplit whose result is mixed with the skip by one learned factor (equation 1)."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.fac = nn.Parameter(torch.full((1,), 0.5))
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = super().forward(x)
+        return torch.lerp(skip, x, self.fac.to(x.dtype))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The network (figure 2)
+
+
+class HDiTModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    r"""
+    The Hourglass Diffusion Transformer: a transformer in the shape of a U-Net that denoises images in pixel space.
+
+    Levels are listed from the outermost to the innermost; `depths=(2, 2, 4)` means 2 + 2 + 4 + 2 + 2 blocks. Arguments
+    that are given as one value hold for every level; a list has one entry a level.
+
+    Args:
+        sample_size (`int` or `(int, int)`): height and width in pixels of the images the model is trained on.
+        in_channels (`int`): channels of the image.
+        out_channels (`int`, *optional*): channels of the output, `in_channels` if not given.
+        patch_size (`int` or `(int, int)`): height and width in pixels of an outermost token.
+        widths (`Sequence[int]`): token width D of each level.
+        depths (`Sequence[int]`): blocks of each level, on the way down and again on the way up.
+        ff_widths (`Sequence[int]`, *optional*): hidden width of the feed-forwards, 3·D if not given.
+        attention_types (`Sequence[str]`, *optional*): "neighborhood", "global", "shifted_window" or "none" for each
+            level. Default: neighborhood everywhere but in the last level, which is global.
+        attention_head_dim (`int` or a list): d, a multiple of 8 that divides the level's width.
+        kernel_size (`int` or a list): side of the neighborhood in tokens, odd.
+        window_size (`int` or a list): side of a window in tokens.
+        dropout (`float` or a list): dropout before the last projection of attention and feed-forward.
+        mapping_depth, mapping_width, mapping_ff_width, mapping_dropout: the mapping network; its feed-forwards have
+            the hidden width 3·`mapping_width` if not given.
+        num_classes (`int`, *optional*): number of classes; None for a model without class labels.
+        augment_cond_dim (`int`): length of the augmentation vector (9 for Karras et al. 2022), 0 for none.
+        mapping_cond_dim (`int`): length of the vector condition, 0 for none.
+
+    Raises:
+        ValueError: for lists of different lengths, unknown attention types, and sizes that do not fit each other.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["HDiTTransformerBlock", "HDiTFeedForwardBlock"]
+    _repeated_blocks = ["HDiTTransformerBlock", "HDiTFeedForwardBlock"]
+    _skip_layerwise_casting_patterns = ["patch_in", "conditioning", "norm", "patch_out"]
+    # Fixed random phases: rounding them would shift every noise level.
+    _keep_in_fp32_modules = ["time_proj", "augment_proj"]
+    # The outer levels are lists of lists; the lists below them are found by Diffusers itself.
+    _group_offload_block_modules = ["down_blocks", "up_blocks"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 256,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        patch_size: int | tuple[int, int] = 4,
+        widths: Sequence[int] = (128, 256, 512),
+        depths: Sequence[int] = (2, 2, 4),
+        ff_widths: Sequence[int] | None = None,
+        attention_types: Sequence[str] | None = None,
+        attention_head_dim: int | Sequence[int] = 64,
+        kernel_size: int | Sequence[int] = 7,
+        window_size: int | Sequence[int] = 8,
+        dropout: float | Sequence[float] = 0.0,
+        mapping_depth: int = 2,
+        mapping_width: int = 256,
+        mapping_ff_width: int | None = None,
+        mapping_dropout: float = 0.0,
+        num_classes: int | None = None,
+        augment_cond_dim: int = 9,
+        mapping_cond_dim: int = 0,
+    ):
+        super().__init__()
+        self.levels = resolve_levels(
+            widths, depths, ff_widths, attention_types, attention_head_dim, kernel_size, window_size, dropout
+        )
+        self.patch_size = pair("patch_size", patch_size)
+        for name, value in (("in_channels", in_channels), ("mapping_width", mapping_width)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if mapping_width % 2:
+            raise ValueError(f"mapping_width must be even (half cosines, half sines), got {mapping_width}.")
+        self.sample_size = pair("sample_size", sample_size)
+        self.check_size(*self.sample_size)
+
+        outermost = self.levels[0].width
+        self.patch_in = TokenMerge(in_channels, outermost, self.patch_size)
+        mapping = HDiTMappingNetwork(
+            mapping_depth, mapping_width, mapping_ff_width or 3 * mapping_width, mapping_dropout
+        )
+        self.conditioning = HDiTConditioning(mapping_width, num_classes, augment_cond_dim, mapping_cond_dim, mapping)
+
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        self.merges, self.splits = nn.ModuleList(), nn.ModuleList()
+        for level, inner in zip(self.levels[:-1], self.levels[1:], strict=True):
+            self.down_blocks.append(level.make_blocks(mapping_width))
+            self.merges.append(TokenMerge(level.width, inner.width))
+            self.splits.append(TokenSplitWithSkip(inner.width, level.width))
+            self.up_blocks.append(level.make_blocks(mapping_width, first_index=level.depth))
+        # The middle level bears the name under which Diffusers' caches look for it.
+        self.transformer_blocks = self.levels[-1].make_blocks(mapping_width)
+
+        self.norm_out = RMSNorm(outermost)
+        self.patch_out = TokenSplit(outermost, out_channels or in_channels, self.patch_size)
+        zero_init(self.patch_out.proj)
+        self.gradient_checkpointing = False
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "HDiTModel":
+        """A new model with the hyperparameters of a preset (`presets.names()`), some of them overridden."""
+        from . import presets
+
+        return cls(**{**presets.load(name)["model"], **overrides})
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        augment_cond: Tensor | None = None,
+        mapping_cond: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> HDiTModelOutput | tuple[Tensor]:
+        """
+        Args:
+            sample (`(B, C, H, W)`): noised image, already multiplied by c_in.
+            timestep (number or `(B,)`): c_noise = ln(sigma) / 4, what Diffusers' EDM schedulers hand over.
+            class_labels (`(B,)` int64, *optional*): `num_classes` or None mean "no label".
+            augment_cond (`(B, augment_cond_dim)`, *optional*): zeros (not augmented) if not given.
+            mapping_cond (`(B, mapping_cond_dim)`, *optional*): adds nothing if not given.
+
+        Returns:
+            F, the raw network output, `(B, out_channels, H, W)` in the model's dtype.
+
+        Raises:
+            ValueError: for sizes that do not fit (naming the nearest that do) and conditions of a wrong shape.
+        """
+        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"sample must have shape (batch, {self.config.in_channels}, height, width), got {tuple(sample.shape)}."
+            )
+        self.check_size(*sample.shape[-2:])
+        dtype = self.dtype
+        hidden_states = self.patch_in(sample.to(dtype).permute(0, 2, 3, 1))
+
+        timestep = torch.as_tensor(timestep, device=sample.device).to(torch.promote_types(dtype, torch.float32))
+        timestep = timestep.expand(sample.shape[0])
+        cond = self.conditioning(timestep, class_labels, augment_cond, mapping_cond, dtype)
+        rotaries = self.rotary_tables(*hidden_states.shape[1:3], sample.device)
+
+        skips = []
+        for blocks, merge, rotary in zip(self.down_blocks, self.merges, rotaries, strict=False):
+            hidden_states = self.run_blocks(blocks, hidden_states, cond, rotary)
+            skips.append(hidden_states)
+            hidden_states = merge(hidden_states)
+
+        hidden_states = self.run_blocks(self.transformer_blocks, hidden_states, cond, rotaries[-1])
+
+        for i in reversed(range(len(self.up_blocks))):
+            hidden_states = self.splits[i](hidden_states, skips[i])
+            hidden_states = self.run_blocks(self.up_blocks[i], hidden_states, cond, rotaries[i])
+
+        output = self.patch_out(self.norm_out(hidden_states)).permute(0, 3, 1, 2)
+        return HDiTModelOutput(sample=output) if return_dict else (output,)
+
+    def run_blocks(self, blocks: nn.ModuleList, hidden_states: Tensor, cond: Tensor, rotary) -> Tensor:
+        for block in blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, cond, rotary)
+            else:
+                hidden_states = block(hidden_states, cond, rotary)
+        return hidden_states
+
+    def rotary_tables(self, height: int, width: int, device: torch.device) -> list[tuple[Tensor, Tensor] | None]:
+        """One pair of tables a level, for outermost tokens height × width; None for a level without attention."""
+        tables = []
+        y, x = axial_positions(height, width, device)
+        for i, level in enumerate(self.levels):
+            if i:
+                y, x = y.unflatten(0, (-1, 2)).mean(1), x.unflatten(0, (-1, 2)).mean(1)
+            tables.append(axial_rotary_tables(y, x, level.heads, level.head_dim) if level.heads else None)
+        return tables
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises ValueError unless images of height × width pixels fit all levels."""
+        problems = []
+        for axis, (name, size) in enumerate((("height", height), ("width", width))):
+            divisor, smallest = 1, 1
+            for i, level in enumerate(self.levels):
+                token = self.patch_size[axis] * 2**i
+                divisor = math.lcm(divisor, token * (level.window_size if level.type == "shifted_window" else 1))
+                smallest = max(smallest, token * (level.kernel_size if level.type == "neighborhood" else 1))
+            smallest = -(-smallest // divisor) * divisor
+            if size % divisor or size < smallest:
+                below, above = size // divisor * divisor, -(-size // divisor) * divisor
+                nearest = sorted({max(below, smallest), max(above, smallest)})
+                problems.append(
+                    f"{name} {size} must be a multiple of {divisor} (patch, levels and windows) and at least {smallest} "
+                    f"(neighborhoods must fit their level); the nearest that works: {' or '.join(map(str, nearest))}"
+                )
+        if problems:
+            raise ValueError(f"This model can't process {height}×{width} images: {'; '.join(problems)}.")
+
+    def set_neighborhood_backend(self, backend: str) -> None:
+        """
+        Chooses the kernel of all neighborhood levels: "auto" (the fastest that works), "natten", "tiled", "flex" or
+        "dense". All are exact; the choice can be changed at any time.
+
+        Raises:
+            ValueError: for an unknown name, or one that can't work on this model's device and dtype.
+        """
+        if backend not in ("auto", *BACKENDS):
+            raise ValueError(f"backend must be one of 'auto', {', '.join(map(repr, BACKENDS))}; got {backend!r}.")
+        levels = [level for level in self.levels if level.type == "neighborhood"]
+        for level in levels if backend != "auto" else ():
+            reason = unavailable_reason(
+                backend, device=self.device, dtype=self.dtype, head_dim=level.head_dim, training=False
+            )
+            if reason:
+                raise ValueError(reason)
+        for module in self.modules():
+            if isinstance(module, NeighborhoodAttention):
+                module.backend = backend
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """What `from_pretrained(torch_dtype=dtype)` does: parameters are cast, the fixed Fourier projections are not."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading the configuration
+
+
+@dataclass
+class Level:
+    """One level of the hourglass, all defaults filled in. `heads` is 0 where there is no attention."""
+
+    width: int
+    depth: int
+    ff_width: int
+    type: str
+    head_dim: int
+    kernel_size: int
+    window_size: int
+    dropout: float
+
+    @property
+    def heads(self) -> int:
+        return 0 if self.type == "none" else self.width // self.head_dim
+
+    def make_blocks(self, cond_dim: int, first_index: int = 0) -> nn.ModuleList:
+        if self.type == "none":
+            return nn.ModuleList(
+                [HDiTFeedForwardBlock(self.width, self.ff_width, cond_dim, self.dropout) for _ in range(self.depth)]
+            )
+        kinds = [
+            make_attention_kind(self.type, self.kernel_size, self.window_size, first_index + i)
+            for i in range(self.depth)
+        ]
+        return nn.ModuleList(
+            [
+                HDiTTransformerBlock(self.width, self.ff_width, cond_dim, self.head_dim, kind, self.dropout)
+                for kind in kinds
+            ]
+        )
+
+    def check(self, index: int) -> None:
+        where = f"level {index}"
+        if self.type not in ATTENTION_TYPES:
+            raise ValueError(
+                f"attention_types[{index}] is {self.type!r}; allowed are {', '.join(map(repr, ATTENTION_TYPES))}."
+            )
+        if self.width < 1 or self.depth < 0 or self.ff_width < 1:
+            raise ValueError(
+                f"{where}: width and feed-forward width must be positive and the depth not negative; got width "
+                f"{self.width}, feed-forward width {self.ff_width}, depth {self.depth}."
+            )
+        if self.type == "none":
+            return
+        if self.head_dim < 8 or self.head_dim % 8 or self.width % self.head_dim:
+            raise ValueError(
+                f"{where}: attention_head_dim {self.head_dim} must be a multiple of 8 that divides the width {self.width}."
+            )
+        if self.type == "neighborhood" and (self.kernel_size < 1 or self.kernel_size % 2 == 0):
+            raise ValueError(f"{where}: kernel_size must be odd and positive, got {self.kernel_size}.")
+        if self.type == "shifted_window" and self.window_size < 1:
+            raise ValueError(f"{where}: window_size must be positive, got {self.window_size}.")
+
+
+def resolve_levels(
+    widths, depths, ff_widths, attention_types, attention_head_dim, kernel_size, window_size, dropout
+) -> list[Level]:
+    """Checks the per-level arguments of `HDiTModel` against each other and fills in the defaults."""
+    count = len(widths)
+    if count == 0:
+        raise ValueError("widths is empty; a model needs at least one level.")
+
+    def per_level(name: str, value) -> list:
+        if not isinstance(value, (list, tuple)):
+            return [value] * count
+        if len(value) != count:
+            raise ValueError(
+                f"{name} has {len(value)} entries, but widths has {count}: {name}={list(value)}, widths={list(widths)}. "
+                f"Give one entry a level."
+            )
+        return list(value)
+
+    if ff_widths is None:
+        ff_widths = [3 * width for width in widths]
+    if attention_types is None:
+        attention_types = ["neighborhood"] * (count - 1) + ["global"]
+    if isinstance(attention_types, str):
+        attention_types = [attention_types] * count
+    columns = {
+        "widths": widths,
+        "depths": depths,
+        "ff_widths": ff_widths,
+        "attention_types": attention_types,
+        "attention_head_dim": attention_head_dim,
+        "kernel_size": kernel_size,
+        "window_size": window_size,
+        "dropout": dropout,
+    }
+    levels = [Level(*row) for row in zip(*(per_level(name, value) for name, value in columns.items()), strict=True)]
+    for i, level in enumerate(levels):
+        level.check(i)
+    return levels
+
+
+def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (value, value) if isinstance(value, int) else value
+    if height < 1 or width < 1:
+        raise ValueError(f"{name} must be positive, got {value}.")
+    return height, width

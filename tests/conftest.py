@@ -1,0 +1,47 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusers_hdit import HDiTModel
+
+
+# Tests run side by side (pytest -n): a thread each, or they stand in each other's way.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """In the 2-norm, computed in float64."""
+    value, reference = value.detach().double(), reference.detach().double()
+    return ((value - reference).norm() / reference.norm()).item()
+
+
+def randomize(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
+    """Random matrices everywhere: a new model's output is zero, and so would be most gradients."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+SMALL = {
+    "sample_size": 32,
+    "patch_size": 2,
+    "widths": (32, 48, 64),
+    "depths": (2, 1, 2),
+    "attention_head_dim": 16,
+    "kernel_size": 3,
+    "mapping_width": 32,
+}
+
+
+@pytest.fixture
+def make_model():
+    """Makes a small random model; keyword arguments override its configuration."""
+    return lambda **overrides: randomize(HDiTModel(**{**SMALL, **overrides})).eval()
