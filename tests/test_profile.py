@@ -1,0 +1,74 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import SMALL
+
+from diffusers_hdit import HDiTModel, presets
+from diffusers_hdit.profile import profile_model
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters", "gmac"),
+    [("imagenet-128", 117.0, 31.4), ("imagenet-256", 557.4, 197.6), ("ffhq-1024", 85.1, 206.1)],
+)
+def test_the_papers_table(preset, parameters, gmac):
+    """Crowson et al. 2024, table 7."""
+    profile = profile_model(presets.load(preset)["model"])
+    assert round(profile.parameters / 1e6, 1) == parameters
+    assert round(profile.macs / 1e9, 1) == gmac
+
+
+def test_share_of_each_level():
+    profile = profile_model(presets.load("ffhq-1024")["model"])
+    shares = [round(100 * level.macs / profile.macs, 1) for level in profile.levels]
+    assert shares[:5] == [28.7, 27.9, 15.5, 18.4, 3.5]
+    neighborhood = sum(level.attention_macs for level in profile.levels[:3])
+    assert round(100 * neighborhood / profile.macs, 1) == 2.7
+
+
+def test_against_a_real_model_and_pytorchs_own_counter():
+    """Parameters of a model that exists; FLOPs as PyTorch counts them where no kernel loads more keys than it needs."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = {**SMALL, "attention_types": ["global", "shifted_window", "none"], "window_size": 4, "num_classes": 3}
+    model = HDiTModel(**config)
+    profile = profile_model(config)
+    assert profile.parameters == sum(p.numel() for p in model.parameters())
+    # The fused attention kernels of the CPU are unknown to the counter; two matrix products are not.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(torch.randn(1, 3, 32, 32), 0.0)
+    assert profile.macs == counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize("types", [None, ["shifted_window", "none", "global"]])
+def test_activation_memory_is_what_autograd_keeps(types):
+    config = {**SMALL, "attention_types": types, "window_size": 4}
+    model = HDiTModel(**config).bfloat16()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(torch.randn(1, 3, 32, 32), 0.0)
+    real = sum(storage.nbytes() for storage in kept.values())
+    assert profile_model(config).activation_bytes == pytest.approx(real, rel=0.1)
+
+
+def test_command_line():
+    run = lambda *args: subprocess.run(  # noqa: E731
+        [sys.executable, "-m", "diffusers_hdit.profile", *args], capture_output=True, text=True
+    )
+    done = run("--preset", "ffhq-1024")
+    assert "85.1M" in done.stdout and "206.1" in done.stdout and "28.7%" in done.stdout
+    assert done.returncode == 0 and not done.stderr
+    # Four times the pixels, four times the work of a local level.
+    done = run("--preset", "tiny", "--resolution", "30")
+    assert done.returncode == 1 and "must be a multiple of" in done.stderr
