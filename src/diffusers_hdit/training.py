@@ -25,7 +25,7 @@ def parameter_groups(
     model: nn.Module, learning_rate: float, weight_decay: float, mapping_lr_scale: float
 ) -> list[dict]:
     """
-    Groups for AdamW as in the paper (appendix C): weight decay on the matrices of attention, feed-forward, merges,
+    Groups for AdamW as in the paper: weight decay on the matrices of attention, feed-forward, merges,
     splits, patches and adaptive norms; none on embeddings, Fourier projections, norms and scales. The mapping network
     and the adaptive norms that it feeds learn at `mapping_lr_scale` times the rate.
     """
