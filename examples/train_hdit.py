@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -267,7 +267,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    device = PartialState().device
+    # Said explicitly: several processes on a CPU would not find each other otherwise.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    device = PartialState(cpu=cpu).device
     if (
         device.type == "cpu"
         and os.environ.get("OMP_NUM_THREADS") == "1"
@@ -279,6 +281,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     return Accelerator(
+        cpu=cpu,
         mixed_precision=training.resolve_mixed_precision(args.mixed_precision, device),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,

@@ -350,6 +350,6 @@ def test_presets_build_the_papers_models():
         assert model.config.in_channels == 4
         json.dumps(presets.load(name))
     presets.load("tiny")["model"]["widths"].append(1)
-    assert presets.load("tiny")["model"]["widths"] == [128, 256]
+    assert presets.load("tiny")["model"]["widths"] == [64, 128, 256]
     with pytest.raises(ValueError, match="there is no preset 'huge'; the presets are 'tiny'"):
         presets.load("huge")

@@ -39,8 +39,8 @@ class HDiTPipeline(DiffusionPipeline):
         self,
         transformer: HDiTModel,
         scheduler: EDMDPMSolverMultistepScheduler | EDMEulerScheduler,
-        id2label: dict[int, str] | None = None,
-        condition_columns: dict[str, list] | None = None,
+        id2label: dict | None = None,
+        condition_columns: dict | None = None,
         k_diffusion_config: dict | None = None,
     ):
         super().__init__()
