@@ -41,7 +41,8 @@ assert 'natten' not in sys.modules and 'datasets' not in sys.modules
 
 
 def snippets(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+    return [text for name, text in blocks if name == language]
 
 
 @pytest.mark.parametrize("number", range(len(snippets("python"))))

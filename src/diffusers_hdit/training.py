@@ -117,9 +117,8 @@ def save_checkpoint(accelerator, output_dir: Path, progress: dict, total_limit: 
         (partial / "progress.json").write_text(json.dumps(progress))
         shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)
-        for old in checkpoints(output_dir)[: -total_limit if total_limit else None]:
-            if total_limit:
-                shutil.rmtree(old)
+        for old in checkpoints(output_dir)[:-total_limit] if total_limit else []:
+            shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return path
 
