@@ -213,6 +213,8 @@ def test_regional_compile(make_model):
 
 @pytest.mark.parametrize("level", ["block_level", "leaf_level"])
 def test_group_offload(make_model, level):
+    if torch.__version__ < "2.7" and not torch.accelerator.is_available():
+        pytest.skip("Diffusers asks this PyTorch for its accelerator, which raises where there is none")
     model = make_model()
     with torch.no_grad():
         expected = model(*inputs()).sample

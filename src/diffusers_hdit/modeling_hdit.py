@@ -561,10 +561,10 @@ class HDiTModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         rotaries = self.rotary_tables(*hidden_states.shape[1:3], sample.device)
 
         skips = []
-        for blocks, merge, rotary in zip(self.down_blocks, self.merges, rotaries, strict=False):
-            hidden_states = self.run_blocks(blocks, hidden_states, cond, rotary)
+        for i in range(len(self.down_blocks)):
+            hidden_states = self.run_blocks(self.down_blocks[i], hidden_states, cond, rotaries[i])
             skips.append(hidden_states)
-            hidden_states = merge(hidden_states)
+            hidden_states = self.merges[i](hidden_states)
 
         hidden_states = self.run_blocks(self.transformer_blocks, hidden_states, cond, rotaries[-1])
 

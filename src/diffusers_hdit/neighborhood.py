@@ -335,7 +335,16 @@ def _flex_problem(device_type: str, dtype: torch.dtype, head_dim: int, training:
         return "FlexAttention has no backward pass on the CPU"
     if device_type == "cuda" and head_dim < 16:
         return f"FlexAttention needs heads of at least 16 channels on CUDA, not {head_dim}"
+    if head_dim & (head_dim - 1) and _flex_wants_powers_of_two():
+        return f"FlexAttention of this PyTorch needs heads whose channels are a power of two, not {head_dim}"
     return _flex_toolchain_problem(device_type) or None
+
+
+@torch.compiler.assume_constant_result
+def _flex_wants_powers_of_two() -> bool:
+    from torch.nn.attention import flex_attention
+
+    return hasattr(flex_attention, "_supported_head_dim")  # torch 2.6 to the first without the limit
 
 
 @torch.compiler.assume_constant_result

@@ -4,6 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
+from typing import Optional, Union
 
 import torch
 from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler, ImagePipelineOutput
@@ -38,10 +39,11 @@ class HDiTPipeline(DiffusionPipeline):
     def __init__(
         self,
         transformer: HDiTModel,
-        scheduler: EDMDPMSolverMultistepScheduler | EDMEulerScheduler,
-        id2label: dict | None = None,
-        condition_columns: dict | None = None,
-        k_diffusion_config: dict | None = None,
+        # Written as Diffusers 0.36 can read them when it loads a pipeline; it passes over `A | B`.
+        scheduler: Union[EDMDPMSolverMultistepScheduler, EDMEulerScheduler],  # noqa: UP007
+        id2label: Optional[dict] = None,  # noqa: UP045
+        condition_columns: Optional[dict] = None,  # noqa: UP045
+        k_diffusion_config: Optional[dict] = None,  # noqa: UP045
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
