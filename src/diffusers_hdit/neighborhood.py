@@ -10,6 +10,7 @@ Shapes:
 
 import importlib.util
 import os
+import re
 import shutil
 import sys
 import threading
@@ -314,7 +315,11 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], sc
     return out[:, :h, :w]
 
 
-@torch.library.custom_op("diffusers_hdit::flex_neighborhood_attention", mutates_args=())
+# The code that comes with a repository is imported under other names in the same process: an operator for each.
+_OPERATORS = re.sub("[^0-9A-Za-z_]", "_", __name__)
+
+
+@torch.library.custom_op(f"{_OPERATORS}::flex_neighborhood_attention", mutates_args=())
 def _opaque_flex(query: Tensor, key: Tensor, value: Tensor, kh: int, kw: int, scale: float) -> Tensor:
     """`_flex` as one node of a traced graph: on the CPU, FlexAttention does not compile next to other operations."""
     return _flex(query, key, value, (kh, kw), scale).contiguous()
@@ -355,9 +360,9 @@ def _flex_toolchain_problem(device_type: str) -> str:
 
 
 def _natten(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], scale: float) -> Tensor:
-    from natten import na2d
+    import natten  # optional: Diffusers asks for whatever `import x` it finds in a repository's code, but for such lines
 
-    return na2d(query.contiguous(), key.contiguous(), value.contiguous(), kernel_size=kernel, scale=scale)
+    return natten.na2d(query.contiguous(), key.contiguous(), value.contiguous(), kernel_size=kernel, scale=scale)
 
 
 def _natten_problem(
@@ -394,7 +399,7 @@ def _find_natten() -> tuple[str, tuple[int, ...]]:
     if importlib.util.find_spec("natten") is None:
         return "NATTEN is not installed", ()
     try:
-        import natten
+        import natten  # see above
     except Exception as error:  # a library built for another PyTorch or CUDA fails in many ways
         return f"NATTEN is installed but does not import ({error})", ()
     if not getattr(natten, "HAS_LIBNATTEN", False):

@@ -13,13 +13,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .modeling_hdit import HDiTModel
+from .remote_code import PipelineCarriesCode, package_module
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Labels = int | str | Sequence[int] | Sequence[str] | Tensor
 
 
-class HDiTPipeline(DiffusionPipeline):
+class HDiTPipeline(PipelineCarriesCode, DiffusionPipeline):
     r"""
     Draws images with a Hourglass Diffusion Transformer, directly in pixels.
 
@@ -39,8 +40,8 @@ class HDiTPipeline(DiffusionPipeline):
         self,
         transformer: HDiTModel,
         scheduler: EDMDPMSolverMultistepScheduler | EDMEulerScheduler,
-        id2label: dict[int, str] | None = None,
-        condition_columns: dict[str, list] | None = None,
+        id2label: dict | None = None,
+        condition_columns: dict | None = None,
         k_diffusion_config: dict | None = None,
     ):
         super().__init__()
@@ -343,12 +344,8 @@ class HDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: for a file that can't be read, a configuration of another network, or weights that do not fit it.
         """
-        from . import convert_k_diffusion
-
-        return convert_k_diffusion.load_pipeline(checkpoint, config, torch_dtype, pipeline_class=cls)
+        return package_module("convert_k_diffusion").load_pipeline(checkpoint, config, torch_dtype, pipeline_class=cls)
 
     def save_k_diffusion(self, path: str | PathLike) -> None:
         """Writes the weights and their configuration as a `.safetensors` that the reference loads."""
-        from . import convert_k_diffusion
-
-        convert_k_diffusion.save_pipeline(self, path)
+        package_module("convert_k_diffusion").save_pipeline(self, path)
