@@ -8,6 +8,7 @@ averaged (EMA) weights, checkpoint-STEP folders to resume from, and samples/ wit
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -86,6 +87,12 @@ def make_parser() -> argparse.ArgumentParser:
     out("--num_validation_images", type=int, default=16)
     out("--report_to", default="none", help="tensorboard, wandb, ... (accelerate's trackers), or none")
     out("--logging_dir", default="logs", help="inside the output folder")
+
+    hub = parser.add_argument_group("Hugging Face Hub").add_argument
+    hub("--push_to_hub", action=yes_no, default=False, help="push the pipeline, in the background, at each validation")
+    hub("--hub_model_id", help="USER/NAME; default: the name of the output folder")
+    hub("--hub_token", help="default: the one of `hf auth login`, or HF_TOKEN")
+    hub("--hub_private_repo", action=yes_no, default=None, help="make the repository a private one")
     return parser
 
 
@@ -111,6 +118,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     if (args.train_data_dir is None) == (args.dataset_name is None):
         parser.error("give either --train_data_dir or --dataset_name.")
+    hub_flags = [name for name in ("hub_model_id", "hub_token", "hub_private_repo") if getattr(args, name)]
+    if hub_flags and not args.push_to_hub:
+        parser.error(f"--{hub_flags[0]} does nothing without --push_to_hub.")
     args.model = {"sample_size": 256, **model}
     args.scheduler = {"sigma_min": 0.01, "sigma_max": 160.0, "sigma_data": 0.5, **scheduler}
     args.sigma_data = args.scheduler["sigma_data"]
@@ -153,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         world_size=accelerator.num_processes,
         crops=not args.center_crop,
     )
+    pusher = training.make_pusher(args) if args.push_to_hub and accelerator.is_main_process else None
 
     model = HDiTModel(**{**args.model, "num_classes": num_classes})
     if args.gradient_checkpointing:
@@ -172,11 +183,11 @@ def main(argv: list[str] | None = None) -> None:
     ema = make_ema(inner, args.ema_decay)
     accelerator.register_for_checkpointing(lr_scheduler, ema)
 
-    step, images_seen = 0, 0
+    step, images_seen, runs_before, loss, averaged = 0, 0, [], None, None
     settings = {"seed": args.seed, "model": json.loads(inner.to_json_string()), "images": len(dataset)}
     if checkpoint is not None:
         progress = training.load_checkpoint(accelerator, checkpoint, settings)
-        step, images_seen = progress["step"], progress["images_seen"]
+        step, images_seen, runs_before = progress["step"], progress["images_seen"], progress.get("runs")
         ema.to(accelerator.device)
         accelerator.print(f"Going on from {checkpoint}: step {step}, {images_seen:,} images seen.")
     batches.start = images_seen
@@ -188,7 +199,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     if accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        (Path(args.output_dir) / "training_args.json").write_text(json.dumps(vars(args), indent=2))
+        (Path(args.output_dir) / "training_args.json").write_text(
+            json.dumps({name: value for name, value in vars(args).items() if name != "hub_token"}, indent=2)
+        )
     accelerator.init_trackers("train_hdit")
 
     def train_step() -> torch.Tensor:
@@ -223,8 +236,13 @@ def main(argv: list[str] | None = None) -> None:
         ema.step(inner.parameters())
         return loss
 
+    def runs() -> list[dict] | None:
+        """Hardware and seconds of each uninterrupted part; None if a checkpoint did not say."""
+        run = {"hardware": training.describe_hardware(accelerator), "seconds": time.perf_counter() - begin}
+        return None if runs_before is None else [*runs_before, run]
+
     def save_checkpoint() -> None:
-        progress = {"step": step, "images_seen": images_seen, "settings": settings}
+        progress = {"step": step, "images_seen": images_seen, "settings": settings, "runs": runs()}
         training.save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit)
 
     def save_samples(name: str) -> None:
@@ -236,10 +254,30 @@ def main(argv: list[str] | None = None) -> None:
         if accelerator.is_main_process:
             training.save_image_grid(images, Path(args.output_dir) / "samples" / f"{name}.png")
 
+    def save_pipeline(folder: Path, samples: str) -> None:
+        with ema_weights(inner.eval(), ema):
+            training.make_pipeline(inner, args.scheduler, dataset.id2label).save_pretrained(folder)
+        inner.train()
+        training.save_facts(
+            folder,
+            args,
+            samples=Path(args.output_dir) / "samples" / f"{samples}.png",
+            embedded=args.dataset_name in EMBEDDED_DATASETS,
+            images=len(dataset),
+            steps=step,
+            images_seen=images_seen,
+            batch_size=global_batch,
+            mixed_precision=accelerator.mixed_precision,
+            runs=runs(),
+            final_loss=loss,
+            final_loss_steps=averaged,
+        )
+
     pin_memory = accelerator.device.type == "cuda"
     loader = iter(DataLoader(dataset, batch_sampler=batches, num_workers=args.dataloader_num_workers, pin_memory=pin_memory))  # fmt: skip
     progress_bar = tqdm(total=total_steps, initial=step, disable=not accelerator.is_main_process, unit="step")
     losses, started = [], time.perf_counter()
+    begin = started
     model.train()
     while step < total_steps:
         losses.append(train_step())
@@ -247,7 +285,8 @@ def main(argv: list[str] | None = None) -> None:
         progress_bar.update()
         if step % LOG_EVERY == 0 or step == total_steps:
             loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
-            rate = len(losses) * global_batch / (time.perf_counter() - started)
+            averaged = len(losses)
+            rate = averaged * global_batch / (time.perf_counter() - started)
             lr = lr_scheduler.get_last_lr()[0]
             progress_bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, {rate:.0f} images/s")
             accelerator.log({"loss": loss, "lr": lr, "images_per_second": rate}, step=step)
@@ -256,13 +295,19 @@ def main(argv: list[str] | None = None) -> None:
             save_checkpoint()
         if step % args.validation_steps == 0 and step < total_steps:
             save_samples(f"step-{step:07d}")
+            if pusher is not None:
+                save = functools.partial(save_pipeline, samples=f"step-{step:07d}")
+                pusher.push(save, f"Step {step} of {total_steps}")
     progress_bar.close()
 
     save_samples("final")
     if accelerator.is_main_process:
-        with ema_weights(inner.eval(), ema):
-            training.make_pipeline(inner, args.scheduler, dataset.id2label).save_pretrained(args.output_dir)
+        save_pipeline(Path(args.output_dir), "final")
         print(f"Saved the pipeline. HDiTPipeline.from_pretrained({args.output_dir!r}) draws images with it.")
+    if pusher is not None:
+        commit = pusher.finish(args.output_dir, f"End of training, {step} steps")
+        if commit is not None:
+            print(f"Pushed it to {commit.commit_url}")
     accelerator.end_training()
 
 
