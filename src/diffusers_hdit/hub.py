@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
@@ -86,6 +86,7 @@ def push_folder(
     create_pr: bool = False,
     revision: str | None = None,
     license: str | None = None,
+    also: Sequence[str] = (),
     stop: threading.Event | None = None,
 ) -> CommitInfo:
     """
@@ -96,6 +97,7 @@ def push_folder(
 
     Args:
         folder: with model_index.json; `training_facts.json` in it goes into the card.
+        also: patterns of other files in the folder that are to go along, for instance "logs/**/*".
         stop: give up between attempts once it is set.
         others: see `HDiTPipeline.push_to_hub`.
 
@@ -105,7 +107,7 @@ def push_folder(
     """
     folder = Path(folder)
     validate_repo_id(repo_id)
-    files = files_for_inference(folder)
+    files = {**files_for_inference(folder), **matching(folder, also)}
     api = HfApi(token=token)
 
     def attempt() -> CommitInfo:
@@ -156,7 +158,7 @@ def files_for_inference(folder: Path) -> dict[str, Path]:
         component = inside(folder, name)
         for path in sorted(component.iterdir()) if component.is_dir() else ():
             if path.suffix in (".json", ".safetensors") or path.name == f"{value[0]}.py":
-                files[f"{name}/{path.name}"] = path
+                files[f"{name}/{path.name}"] = inside(folder, f"{name}/{path.name}")
     for path in files.values():
         if path.suffix == ".safetensors":
             check_whole(path)
@@ -165,6 +167,18 @@ def files_for_inference(folder: Path) -> dict[str, Path]:
         picture = inside(folder, facts.samples["file"])
         if picture.is_file():
             files[SAMPLES_FILE] = picture
+    return files
+
+
+def matching(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
+    """Path in the repository -> file, for what else was asked for; ValueError for a pattern that matches nothing."""
+    files = {}
+    for pattern in patterns:
+        found = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
+        if not found:
+            raise ValueError(f"nothing in {str(folder)!r} matches {pattern!r}; nothing was uploaded.")
+        names = [path.relative_to(folder).as_posix() for path in found]
+        files.update({name: inside(folder, name) for name in names})
     return files
 
 
@@ -305,29 +319,39 @@ class BackgroundPush:
         validate_repo_id(repo_id)
         self.repo_id, self.private, self.token, self.scratch = repo_id, private, token, Path(scratch)
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._pushing: threading.Thread | None = None
         # A wrong token shows now, not after days.
-        self._run(lambda: prepare_repository(HfApi(token=token), repo_id, private, None), "Looking for")
+        self._looking = self._start(
+            lambda: prepare_repository(HfApi(token=token), repo_id, private, None), "Looking for"
+        )
 
     def push(self, save: Callable[[Path], None], commit_message: str) -> bool:
         """
         Saves the pipeline now, `save(folder)`, and uploads it from another thread. Does nothing and returns False if an
         earlier push is still on its way: a slow Hub gets fewer of them.
         """
-        if self._thread is not None and self._thread.is_alive():
+        if self._pushing is not None and self._pushing.is_alive():
             logger.warning("The last push to %s is still on its way; leaving this one out.", self.repo_id)
             return False
         shutil.rmtree(self.scratch, ignore_errors=True)
         save(self.scratch)
-        self._run(lambda: self._push_folder(self.scratch, commit_message), "Pushing to")
+        # The first card counts the network's operations, with fake tensors: not in a thread beside a training.
+        write_card(self.scratch, self.repo_id, None, None)
+
+        def push():
+            self._looking.join()
+            self._push_folder(self.scratch, commit_message)
+
+        self._pushing = self._start(push, "Pushing to")
         return True
 
     def finish(self, folder: str | Path, commit_message: str) -> CommitInfo | None:
         """Pushes the finished pipeline and waits for it. None, and how to push later in the log, if that fails."""
         # An earlier push that still waits for better times is now in the way.
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._looking.join()
+        if self._pushing is not None:
+            self._pushing.join()
         self._stop.clear()
         shutil.rmtree(self.scratch, ignore_errors=True)
         try:
@@ -353,7 +377,7 @@ class BackgroundPush:
             stop=self._stop,
         )
 
-    def _run(self, function: Callable, what: str) -> None:
+    def _start(self, function: Callable, what: str) -> threading.Thread:
         def run():
             try:
                 function()
@@ -361,8 +385,9 @@ class BackgroundPush:
                 logger.warning("%s %s failed: %s Training goes on.", what, self.repo_id, first_line(error))
 
         # A daemon: where training breaks off, nothing waits for the upload.
-        self._thread = threading.Thread(target=run, name="push_to_hub", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=run, name="push_to_hub", daemon=True)
+        thread.start()
+        return thread
 
 
 def main(args: list[str] | None = None) -> None:
@@ -376,6 +401,9 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--token", help="default: the one of `hf auth login`, or HF_TOKEN")
     parser.add_argument("--license", help="of the weights, for instance cc-by-4.0")
     parser.add_argument("--commit_message")
+    parser.add_argument(
+        "--also", nargs="+", default=[], metavar="PATTERN", help="other files, for instance 'logs/**/*'"
+    )
     args = parser.parse_args(args)
     try:
         commit = push_folder(
@@ -385,6 +413,7 @@ def main(args: list[str] | None = None) -> None:
             private=args.private or None,
             token=args.token,
             license=args.license,
+            also=args.also,
         )
     except Exception as error:
         sys.exit(f"error: {first_line(error)}")
