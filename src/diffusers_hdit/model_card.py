@@ -52,7 +52,8 @@ class TrainingFacts:
         runs: `{"hardware": str, "seconds": float}` for each uninterrupted part, validation and saving included.
         final_loss, final_loss_steps: mean of the training loss over the last so many steps.
         metrics: `{"name", "value", "feature_network", "images"}` of each distance that was computed.
-        samples: `{"file", "images", "steps", "seed"}` of the picture of samples; the file is relative to the folder.
+        samples: `{"file", "images", "steps", "seed"}` of the picture of samples, the file relative to the folder; and
+            `"selected": False` if nobody chose among them.
     """
 
     dataset: str | None = None
@@ -152,18 +153,19 @@ def introduction(config: dict, facts: TrainingFacts | None) -> str:
     if facts is not None and facts.samples:
         samples = facts.samples
         text += f"\n\n![{samples['images']} images drawn by this model]({SAMPLES_FILE})\n\n" + (
-            f"{samples['images']} images, {samples['steps']} steps, seed {samples['seed']}; not selected."
+            f"{samples['images']} images, {samples['steps']} steps, seed {samples['seed']}"
+            f"{', not selected' if samples.get('selected') is False else ''}."
         )
     return text
 
 
 def usage(repo_id: str, classes: dict[int, str]) -> str:
-    label = f"class_labels={next(iter(classes.values()))!r}, " if classes else ""
+    label = f"class_labels={json.dumps(next(iter(classes.values())), ensure_ascii=False)}, " if classes else ""
     return f"""\
 ## Use
 
 ```python
-from diffusers_hdit import HDiTPipeline  # pip install diffusers-hdit
+from diffusers_hdit import HDiTPipeline  # the package diffusers-hdit
 
 pipe = HDiTPipeline.from_pretrained("{repo_id}")
 image = pipe({label}num_inference_steps=50).images[0]
@@ -184,7 +186,7 @@ def model_table(config: dict, scheduler_config: dict, classes: dict[int, str]) -
     height, width = pair(config["sample_size"])
     rows = [
         ("parameters", f"{profile.parameters / 1e6:.1f} M"),
-        ("multiply-accumulates", f"{profile.macs / 1e9:.2f} G for one image and step"),
+        ("multiply-accumulates", f"{billions(profile.macs)} G for one image and step"),
         ("resolution", f"{height}×{width}, {config['in_channels']} channels"),
         ("sigma", f"{scheduler_config['sigma_min']} to {scheduler_config['sigma_max']}, "
                   f"sigma_data {scheduler_config['sigma_data']}"),
@@ -198,7 +200,7 @@ def model_table(config: dict, scheduler_config: dict, classes: dict[int, str]) -
     what = {"neighborhood": "neighborhood {0.kernel_size}×{0.kernel_size}", "none": "none", "global": "global",
             "shifted_window": "shifted window {0.window_size}×{0.window_size}"}  # fmt: skip
     rows = [
-        (i, what[level.type].format(level), row.name.split()[-1], level.width, level.depth, f"{row.macs / 1e9:.2f}")
+        (i, what[level.type].format(level), row.name.split()[-1], level.width, level.depth, billions(row.macs))
         for i, (level, row) in enumerate(zip(levels, profile.levels, strict=False))
     ]
     return "\n".join(lines + table(("level", "attention", "tokens", "width", "depth", "GMAC"), rows))
@@ -223,12 +225,15 @@ def training_table(facts: TrainingFacts | None, from_k_diffusion: bool) -> str:
         ("precision", {"no": "float32"}.get(facts.mixed_precision, facts.mixed_precision)),
         ("seed", facts.seed),
         ("hardware", ", then ".join(dict.fromkeys(run["hardware"] for run in runs)) or None),
-        ("time", duration(sum(run["seconds"] for run in runs)) if runs else None),
+        ("time", f"{duration(sum(run['seconds'] for run in runs))}, validation and saving included" if runs else None),
     ]
     if facts.final_loss is not None:
         rows.append(("training loss", f"{facts.final_loss:.4f}, mean of the last {facts.final_loss_steps} steps"))
     known = [(name, value) for name, value in rows if value is not None]
-    return "\n".join(["## Training", "", *table(("", ""), known), "", "The weights are the averaged (EMA) ones."])
+    lines = ["## Training", "", *table(("", ""), known)]
+    if facts.ema_decay is not None:
+        lines += ["", "The weights are the averaged (EMA) ones."]
+    return "\n".join(lines)
 
 
 def evaluation(facts: TrainingFacts | None) -> str:
@@ -245,8 +250,8 @@ def limits(config: dict, facts: TrainingFacts | None) -> str:
     return (
         "## Intended use and limits\n\n"
         f"For research and experiments with image generation. It draws images like {what}, with their biases, and "
-        f"may repeat some of them; it knows no text. It was trained at {height}×{width}: other sizes run, but nothing "
-        "is recorded here of how they look. There is no filter on what it draws."
+        f"may repeat some of them; it knows no text. It is made for {height}×{width}: other sizes run, but nothing is"
+        " recorded here of how they look. There is no filter on what it draws."
     )
 
 
@@ -342,7 +347,12 @@ def measure(config: str) -> tuple[list, ModelProfile]:
 
 
 def table(head: tuple, rows: list[tuple]) -> list[str]:
-    return [f"| {' | '.join(str(cell) for cell in row)} |" for row in (head, ["---"] * len(head), *rows)]
+    rows = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def billions(value: int) -> str:
+    return f"{value / 1e9:.1f}" if value >= 1e10 else f"{value / 1e9:.3g}"
 
 
 def number(value: int | None) -> str | None:

@@ -37,8 +37,8 @@ def package_module(name: str):
         if error.name != "diffusers_hdit":
             raise
         raise ImportError(
-            "This needs the package diffusers-hdit; the code that comes with a repository only loads, samples and "
-            "saves. Install it with `pip install diffusers-hdit`."
+            "This needs the package diffusers-hdit, which is not installed; the code that comes with a repository only "
+            "loads, samples and saves. Install the package, or leave this out."
         ) from error
 
 

@@ -268,6 +268,7 @@ def save_facts(folder: Path, args, *, samples: Path, embedded: bool, **measured)
             "images": args.num_validation_images,
             "steps": SAMPLE_STEPS,
             "seed": args.seed,
+            "selected": False,
         },
         **measured,
     ).save(folder)
