@@ -575,6 +575,7 @@ def edit(name, change):
 def test_hand_written_text_is_kept(hub, pushed):
     def change(card):
         card = card.replace("library_name: diffusers", "license: mit\nlanguage:\n- en\nlibrary_name: diffusers")
+        card = card.replace("pipeline_tag: unconditional", "pipeline_tag: my")
         return card.replace("- hdit", "- hdit\n- owls").replace("# faces\n", "# My faces\n\nAbove.\n") + "\nBelow.\r\n"
 
     edit(NAME, change)
@@ -584,6 +585,7 @@ def test_hand_written_text_is_kept(hub, pushed):
     card = hub.repos[NAME].files["README.md"].decode()
     assert card.index("# My faces\n\nAbove.") < card.index("<!-- diffusers-hdit") < card.index("Below.")
     assert card.count("## Model") == 1 and "| images seen | 77 |" in card and "Weights: mit." in card
+    assert header(card)["pipeline_tag"] == "my-image-generation"
     assert header(card)["license"] == "mit" and header(card)["language"] == ["en"]
     assert header(card)["tags"][:3] == ["diffusers", "hdit", "owls"] and header(card)["datasets"] == ["user/owls"]
 

@@ -115,6 +115,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(trained, tmp_path):
     )
     assert "step 3, 24 images seen" in output
     assert equal(weights(resumed), weights(folder))
+    for run_folder, parts in ((folder, 1), (resumed, 2)):
+        facts = json.loads((run_folder / "training_facts.json").read_text())
+        assert len(facts["runs"]) == parts and facts["images_seen"] == 48
 
 
 def test_accelerate_launch_and_gradient_accumulation(trained, tmp_path):
