@@ -14,12 +14,15 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -141,60 +144,79 @@ def read_config(parser: argparse.ArgumentParser, path: str) -> dict:
     return config
 
 
+@dataclass
+class Run:
+    """Everything that a training run consists of; `step` and `images_seen` are where it stands."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    dataset: ImageDataset
+    network: HDiTModel  # bare
+    model: torch.nn.Module  # the same, as accelerate wraps it
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    ema: EMAModel
+    global_batch: int
+    total_steps: int
+    step: int = 0
+    images_seen: int = 0
+    # What only the model card asks for: the mean loss of the last `averaged` steps, when this part of the training
+    # began, the parts before it (None if a checkpoint did not say), and what pushes.
+    loss: float | None = None
+    averaged: int | None = None
+    began: float = 0.0
+    earlier_parts: list | None = field(default_factory=list)
+    pusher: training.BackgroundPush | None = None
+
+    @property
+    def parts(self) -> list[dict] | None:
+        """Hardware and seconds of each uninterrupted part of the training."""
+        part = {
+            "hardware": training.describe_hardware(self.accelerator),
+            "seconds": time.perf_counter() - self.began,
+        }
+        return None if self.earlier_parts is None else [*self.earlier_parts, part]
+
+    @property
+    def settings(self) -> dict:
+        """What must not change when a checkpoint is resumed."""
+        model = json.loads(self.network.to_json_string())
+        return {"seed": self.args.seed, "model": model, "images": len(self.dataset)}
+
+    def batches(self) -> ShuffledBatches:
+        return ShuffledBatches(
+            len(self.dataset),
+            self.args.train_batch_size,
+            self.args.seed,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            start=self.images_seen,
+            crops=not self.args.center_crop,
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-
     # Everything that can be refused is refused here, before anything is written or computed for long.
     checkpoint = training.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     with torch.device("meta"):
         resolution = HDiTModel(**args.model).sample_size
     accelerator = make_accelerator(args)
-    set_seed(args.seed)
-    dataset = open_dataset(args, accelerator, resolution)
-    num_classes = len(dataset.id2label) if dataset.id2label is not None else None
-    micro_batch = args.train_batch_size * accelerator.num_processes
-    global_batch = micro_batch * args.gradient_accumulation_steps
-    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(dataset) / global_batch)
-    batches = ShuffledBatches(
-        len(dataset),
-        args.train_batch_size,
-        args.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        crops=not args.center_crop,
-    )
-    pusher = training.make_pusher(args) if args.push_to_hub and accelerator.is_main_process else None
+    run = prepare(args, accelerator, open_dataset(args, accelerator, resolution))
+    run.batches()
 
-    model = HDiTModel(**{**args.model, "num_classes": num_classes})
-    if args.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(
-        training.parameter_groups(model, args.learning_rate, args.adam_weight_decay, args.mapping_lr_scale),
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        fused=accelerator.device.type in ("cuda", "cpu"),
-    )
-    # Not prepared: accelerate would step a prepared scheduler once for every process.
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, total_steps)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    inner = accelerator.unwrap_model(model)
-    if args.compile:
-        inner.compile()
-    ema = make_ema(inner, args.ema_decay)
-    accelerator.register_for_checkpointing(lr_scheduler, ema)
-
-    step, images_seen, runs_before, loss, averaged = 0, 0, [], None, None
-    settings = {"seed": args.seed, "model": json.loads(inner.to_json_string()), "images": len(dataset)}
     if checkpoint is not None:
-        progress = training.load_checkpoint(accelerator, checkpoint, settings)
-        step, images_seen, runs_before = progress["step"], progress["images_seen"], progress.get("runs")
-        ema.to(accelerator.device)
-        accelerator.print(f"Going on from {checkpoint}: step {step}, {images_seen:,} images seen.")
-    batches.start = images_seen
-    parameters = sum(p.numel() for p in inner.parameters())
+        progress = training.load_checkpoint(accelerator, checkpoint, run.settings)
+        run.step, run.images_seen = progress["step"], progress["images_seen"]
+        run.earlier_parts = progress.get("parts")
+        run.ema.to(accelerator.device)
+        accelerator.print(f"Going on from {checkpoint}: step {run.step}, {run.images_seen:,} images seen.")
+    if args.push_to_hub and accelerator.is_main_process:
+        run.pusher = training.make_pusher(args)
+    parameters, classes = sum(p.numel() for p in run.network.parameters()), run.network.config.num_classes
     accelerator.print(
-        f"{parameters / 1e6:.1f}M parameters, {len(dataset):,} images at {resolution[0]}×{resolution[1]}"
-        f"{f' in {num_classes} classes' if num_classes else ''}, {total_steps:,} steps of {global_batch} images, "
+        f"{parameters / 1e6:.1f}M parameters, {len(run.dataset):,} images at {resolution[0]}×{resolution[1]}"
+        f"{f' in {classes} classes' if classes else ''}, {run.total_steps:,} steps of {run.global_batch} images, "
         f"precision {accelerator.mixed_precision}."
     )
     if accelerator.is_main_process:
@@ -204,126 +226,155 @@ def main(argv: list[str] | None = None) -> None:
         )
     accelerator.init_trackers("train_hdit")
 
-    def train_step() -> torch.Tensor:
-        """One optimizer step on the next global batch; returns this process's mean loss, still on the device."""
-        loss = 0.0
-        for micro_step in range(args.gradient_accumulation_steps):
-            batch = next(loader)
-            first_image = images_seen + micro_step * micro_batch + accelerator.process_index * args.train_batch_size
-            training.seed_step(args.seed, first_image)
-            with accelerator.accumulate(model):
-                losses = training.draw_and_compute_loss(
-                    model,
-                    to_float(batch["image"].to(accelerator.device, non_blocking=True)),
-                    batch["label"].to(accelerator.device) if num_classes else None,
-                    num_classes=num_classes,
-                    image_size=max(resolution),
-                    strata={
-                        "rank": accelerator.process_index,
-                        "world_size": accelerator.num_processes,
-                        "micro_step": micro_step,
-                        "micro_steps": args.gradient_accumulation_steps,
-                    },
-                    args=args,
-                )
-                accelerator.backward(losses.mean())
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            loss = loss + losses.detach().mean() / args.gradient_accumulation_steps
-        lr_scheduler.step()
-        ema.step(inner.parameters())
-        return loss
-
-    def runs() -> list[dict] | None:
-        """Hardware and seconds of each uninterrupted part; None if a checkpoint did not say."""
-        run = {"hardware": training.describe_hardware(accelerator), "seconds": time.perf_counter() - begin}
-        return None if runs_before is None else [*runs_before, run]
-
-    def save_checkpoint() -> None:
-        progress = {"step": step, "images_seen": images_seen, "settings": settings, "runs": runs()}
-        training.save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit)
-
-    def save_samples(name: str) -> None:
-        """Drawn by all processes alike: the others would only wait, and a sharded model needs them all."""
-        with ema_weights(inner.eval(), ema):
-            pipeline = training.make_pipeline(inner, args.scheduler, dataset.id2label)
-            images = training.draw_validation_images(pipeline, args.num_validation_images, args.seed)
-        inner.train()
-        if accelerator.is_main_process:
-            training.save_image_grid(images, Path(args.output_dir) / "samples" / f"{name}.png")
-
-    def save_pipeline(folder: Path, samples: str) -> None:
-        with ema_weights(inner.eval(), ema):
-            training.make_pipeline(inner, args.scheduler, dataset.id2label).save_pretrained(folder)
-        inner.train()
-        training.save_facts(
-            folder,
-            args,
-            samples=Path(args.output_dir) / "samples" / f"{samples}.png",
-            embedded=args.dataset_name in EMBEDDED_DATASETS,
-            images=len(dataset),
-            steps=step,
-            images_seen=images_seen,
-            batch_size=global_batch,
-            mixed_precision=accelerator.mixed_precision,
-            runs=runs(),
-            final_loss=loss,
-            final_loss_steps=averaged,
-        )
-
-    pin_memory = accelerator.device.type == "cuda"
-    loader = iter(DataLoader(dataset, batch_sampler=batches, num_workers=args.dataloader_num_workers, pin_memory=pin_memory))  # fmt: skip
-    progress_bar = tqdm(total=total_steps, initial=step, disable=not accelerator.is_main_process, unit="step")
-    losses, started = [], time.perf_counter()
-    begin = started
-    model.train()
-    while step < total_steps:
-        losses.append(train_step())
-        step, images_seen = step + 1, images_seen + global_batch
-        progress_bar.update()
-        if step % LOG_EVERY == 0 or step == total_steps:
-            loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
-            averaged = len(losses)
-            rate = averaged * global_batch / (time.perf_counter() - started)
-            lr = lr_scheduler.get_last_lr()[0]
-            progress_bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, {rate:.0f} images/s")
-            accelerator.log({"loss": loss, "lr": lr, "images_per_second": rate}, step=step)
-            losses, started = [], time.perf_counter()
-        if step % args.checkpointing_steps == 0 or step == total_steps:
-            save_checkpoint()
-        if step % args.validation_steps == 0 and step < total_steps:
-            save_samples(f"step-{step:07d}")
-            if pusher is not None:
-                save = functools.partial(save_pipeline, samples=f"step-{step:07d}")
-                pusher.push(save, f"Step {step} of {total_steps}")
-    progress_bar.close()
-
-    save_samples("final")
+    train(run)
+    save_samples(run, "final")
     if accelerator.is_main_process:
-        save_pipeline(Path(args.output_dir), "final")
+        save_pipeline(run, Path(args.output_dir), "final")
         print(f"Saved the pipeline. HDiTPipeline.from_pretrained({args.output_dir!r}) draws images with it.")
-    if pusher is not None:
-        commit = pusher.finish(args.output_dir, f"End of training, {step} steps")
+    if run.pusher is not None:
+        commit = run.pusher.finish(args.output_dir, f"End of training, {run.step} steps")
         if commit is not None:
             print(f"Pushed it to {commit.commit_url}")
     accelerator.end_training()
 
 
+def prepare(args: argparse.Namespace, accelerator: Accelerator, dataset: ImageDataset) -> Run:
+    set_seed(args.seed)
+    network = HDiTModel(**{**args.model, "num_classes": len(dataset.id2label) if dataset.id2label else None})
+    if args.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    if args.compile:
+        network.compile()
+    optimizer = torch.optim.AdamW(
+        training.parameter_groups(network, args.learning_rate, args.adam_weight_decay, args.mapping_lr_scale),
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        fused=accelerator.device.type in ("cuda", "cpu"),
+    )
+    global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(dataset) / global_batch)
+    # Not prepared: accelerate would step a prepared scheduler once for every process.
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, total_steps)
+    model, optimizer = accelerator.prepare(network, optimizer)
+    ema = make_ema(network, args.ema_decay)
+    accelerator.register_for_checkpointing(lr_scheduler, ema)
+    return Run(args, accelerator, dataset, network, model, optimizer, lr_scheduler, ema, global_batch, total_steps)
+
+
+def train(run: Run) -> None:
+    """From where the run stands to its last step, with checkpoints and pictures on the way."""
+    args, accelerator = run.args, run.accelerator
+    loader = DataLoader(
+        run.dataset,
+        batch_sampler=run.batches(),
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    progress_bar = tqdm(total=run.total_steps, initial=run.step, disable=not accelerator.is_main_process, unit="step")
+    batches, losses, started = iter(loader), [], time.perf_counter()
+    run.began = started
+    run.model.train()
+    while run.step < run.total_steps:
+        losses.append(train_step(run, batches))
+        progress_bar.update()
+        if run.step % LOG_EVERY == 0 or run.step == run.total_steps:
+            run.loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
+            run.averaged = len(losses)
+            rate = run.averaged * run.global_batch / (time.perf_counter() - started)
+            lr = run.lr_scheduler.get_last_lr()[0]
+            progress_bar.set_postfix_str(f"loss {run.loss:.4f}, lr {lr:.1e}, {rate:.0f} images/s")
+            accelerator.log({"loss": run.loss, "lr": lr, "images_per_second": rate}, step=run.step)
+            losses, started = [], time.perf_counter()
+        if run.step % args.checkpointing_steps == 0 or run.step == run.total_steps:
+            progress = {"step": run.step, "images_seen": run.images_seen, "settings": run.settings, "parts": run.parts}
+            training.save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit)
+        if run.step % args.validation_steps == 0 and run.step < run.total_steps:
+            save_samples(run, f"step-{run.step:07d}")
+            if run.pusher is not None:
+                save = functools.partial(save_pipeline, run, samples=f"step-{run.step:07d}")
+                run.pusher.push(save, f"Step {run.step} of {run.total_steps}")
+    progress_bar.close()
+
+
+def train_step(run: Run, batches: Iterator[dict]) -> torch.Tensor:
+    """One optimizer step on the next global batch; returns this process's mean loss, still on the device."""
+    args, accelerator = run.args, run.accelerator
+    mean_loss = 0.0
+    for micro_step in range(args.gradient_accumulation_steps):
+        batch = next(batches)
+        training.seed_step(args.seed, run.images_seen + accelerator.process_index * args.train_batch_size)
+        with accelerator.accumulate(run.model):
+            losses = training.draw_and_compute_loss(
+                run.model,
+                to_float(batch["image"].to(accelerator.device, non_blocking=True)),
+                batch["label"].to(accelerator.device) if "label" in batch else None,
+                num_classes=run.network.config.num_classes,
+                image_size=max(run.dataset.resolution),
+                strata={
+                    "rank": accelerator.process_index,
+                    "world_size": accelerator.num_processes,
+                    "micro_step": micro_step,
+                    "micro_steps": args.gradient_accumulation_steps,
+                },
+                args=args,
+            )
+            accelerator.backward(losses.mean())
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=True)
+        mean_loss = mean_loss + losses.detach().mean() / args.gradient_accumulation_steps
+        run.images_seen += run.global_batch // args.gradient_accumulation_steps
+    run.lr_scheduler.step()
+    run.ema.step(run.network.parameters())
+    run.step += 1
+    return mean_loss
+
+
+def save_samples(run: Run, name: str) -> None:
+    """Drawn by all processes alike: the others would only wait, and a sharded model needs them all."""
+    with ema_weights(run.network.eval(), run.ema):
+        pipeline = training.make_pipeline(run.network, run.args.scheduler, run.dataset.id2label)
+        images = training.draw_validation_images(pipeline, run.args.num_validation_images, run.args.seed)
+    run.network.train()
+    if run.accelerator.is_main_process:
+        training.save_image_grid(images, Path(run.args.output_dir) / "samples" / f"{name}.png")
+
+
+def save_pipeline(run: Run, folder: Path, samples: str) -> None:
+    """With what its model card says; `samples` is the name of the picture that shows these weights."""
+    with ema_weights(run.network.eval(), run.ema):
+        training.make_pipeline(run.network, run.args.scheduler, run.dataset.id2label).save_pretrained(folder)
+    run.network.train()
+    training.save_facts(
+        folder,
+        run.args,
+        samples=Path(run.args.output_dir) / "samples" / f"{samples}.png",
+        embedded=run.args.dataset_name in EMBEDDED_DATASETS,
+        images=len(run.dataset),
+        steps=run.step,
+        images_seen=run.images_seen,
+        batch_size=run.global_batch,
+        mixed_precision=run.accelerator.mixed_precision,
+        runs=run.parts,
+        final_loss=run.loss,
+        final_loss_steps=run.averaged,
+    )
+
+
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    device = PartialState().device
-    if (
-        device.type == "cpu"
-        and os.environ.get("OMP_NUM_THREADS") == "1"
-        and "ACCELERATE_MIXED_PRECISION" in os.environ
-    ):
+    # Said explicitly: several processes on a CPU would not find each other otherwise.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    device = PartialState(cpu=cpu).device
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if device.type == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1":
         # `accelerate launch` leaves one thread to a process unless told otherwise: share the cores out.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if args.allow_tf32 and device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     return Accelerator(
+        cpu=cpu,
         mixed_precision=training.resolve_mixed_precision(args.mixed_precision, device),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,

@@ -479,8 +479,12 @@ def test_flags(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse(["--dataset_name", "x", "--output_dir", "y", "--hub_model_id", NAME])
     assert "--hub_model_id does nothing without --push_to_hub" in capsys.readouterr().err
+    config = write_config(tmp_path, hub_model_id="a/b/c")
     with pytest.raises(ValueError, match="Repo id"):
-        BackgroundPush("a/b/c", private=None, token=None, scratch=tmp_path)
+        load_example("train_hdit").main(
+            ["--config", str(config), "--output_dir", str(tmp_path / "run"), "--push_to_hub"]
+        )
+    assert not (tmp_path / "run").exists(), "refused before anything is written"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -123,9 +123,10 @@ def test_labels_by_number_name_list_and_tensor(make_pipeline, calls):
     assert calls[0]["class_labels"].tolist() == [0, 0, 1, 1]
 
 
-def test_names_survive_saving(make_pipeline, tmp_path):
+def test_names_survive_saving(make_pipeline, tmp_path, capfd):
     make_pipeline(num_classes=3, id2label=NAMES).save_pretrained(tmp_path)
     pipe = HDiTPipeline.from_pretrained(tmp_path)
+    assert "Expected types" not in "".join(capfd.readouterr()), "no complaint about what it wrote itself"
     assert pipe.id2label == NAMES
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline_hdit", "HDiTPipeline"], "what published repositories say"

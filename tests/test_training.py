@@ -4,7 +4,9 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -15,10 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_hdit import HDiTModel, HDiTPipeline, training
+from diffusers_hdit.data import load_images, to_float
 from diffusers_hdit.ema import ema_weights, make_ema
 
 
 EXAMPLES = REPOSITORY / "examples"
+SHEET = EXAMPLES / "data" / "fluent_faces_64.png"
 TRAIN = EXAMPLES / "train_hdit.py"
 CONFIG = {
     "dataset_name": "fluent-faces",
@@ -134,13 +138,21 @@ def test_accelerate_launch_and_gradient_accumulation(trained, tmp_path):
 
 def test_two_processes_share_the_global_batch(tmp_path):
     output = run(
-        "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1,
-        "--mixed_precision", "no", "--main_process_port", 0,
+        "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(),
         TRAIN, "--config", write_config(tmp_path), "--output_dir", tmp_path / "run", "--train_batch_size", 4,
     )  # fmt: skip
-    assert "6 steps of 8 images" in output
+    assert output.count("6 steps of 8 images") == 1
     assert (tmp_path / "run" / "model_index.json").is_file()
     assert json.loads((tmp_path / "run" / "checkpoint-6" / "progress.json").read_text())["images_seen"] == 48
+    assert {path.name for path in (tmp_path / "run" / "checkpoint-6").glob("random_states_*")} == {
+        "random_states_0.pkl", "random_states_1.pkl",
+    }  # fmt: skip
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def test_image_folder_without_labels_bf16_checkpointing_and_limit(tmp_path):
@@ -176,9 +188,11 @@ def test_it_learns(tmp_path):
     torch.manual_seed(0)
     model = HDiTModel(**{**args.model, "num_classes": 13, "dropout": 0.0})
     optimizer = torch.optim.AdamW(training.parameter_groups(model, 2e-3, 0.01, 1 / 3))
-    image, labels = torch.rand(16, 3, 16, 16) * 2 - 1, torch.arange(16) % 13
+    faces = load_images(train_data_dir=SHEET, label_column="label", resolution=16)
+    image = to_float(torch.stack([faces[i]["image"] for i in range(16)]))
+    labels = torch.tensor([faces[i]["label"] for i in range(16)])
     losses = []
-    for step in range(40):
+    for step in range(80):
         training.seed_step(0, step)
         loss = training.draw_and_compute_loss(
             model, image, labels, num_classes=13, image_size=16, strata={}, args=args
@@ -331,14 +345,13 @@ def test_wrong_flags(tmp_path, capsys, arguments, message):
     ("config", "message"),
     [
         ({"lerning_rate": 1}, "unknown keys: lerning_rate. Allowed: .*learning_rate"),
-        ({"learning_rate": "fast"}, "learning_rate in the config must be a number, got 'fast'"),
-        ({"noise_density": "pink"}, "noise_density must be one of cosine-interpolated.*got pink"),
+        ({"learning_rate": "fast"}, "learning_rate: invalid float value: 'fast'"),
+        ({"learning_rate": [1e-3]}, r"learning_rate in the config must be a number, got \[0.001\]"),
+        ({"noise_density": "pink"}, "noise_density must be one of cosine-interpolated.*got 'pink'"),
         ({"preset": "huge"}, "there is no preset 'huge'"),
     ],
 )
 def test_wrong_configs(tmp_path, capsys, config, message):
-    import re
-
     with pytest.raises(SystemExit):
         load_example("train_hdit").parse_args(["--config", str(write_config(tmp_path, **config)), "--output_dir", "x"])
     assert re.search(message, capsys.readouterr().err)
@@ -346,10 +359,10 @@ def test_wrong_configs(tmp_path, capsys, config, message):
 
 def test_precedence_of_flags_config_and_preset(tmp_path):
     parse = load_example("train_hdit").parse_args
-    config = write_config(tmp_path, preset="tiny", ema_decay=0.9, model={"depths": [1, 1]})
+    config = write_config(tmp_path, preset="tiny", ema_decay=0.9, model={"depths": [1, 1, 1]})
     args = parse(["--config", str(config), "--output_dir", "x", "--ema_decay", "0.7", "--no-random_flip"])
     assert args.ema_decay == 0.7 and args.random_flip is False
-    assert args.learning_rate == 2e-3 and args.model["depths"] == [1, 1] and args.model["kernel_size"] == 7
+    assert args.learning_rate == 2e-3 and args.model["depths"] == [1, 1, 1] and args.model["patch_size"] == 2
     assert args.adam_beta2 == 0.95 and args.adam_epsilon == 1e-8
 
 
@@ -359,9 +372,8 @@ def test_precedence_of_flags_config_and_preset(tmp_path):
 
 def test_sample_grid(trained, tmp_path):
     folder, _ = trained
-    sheet = EXAMPLES / "data" / "fluent_faces_64.png"
     common = ["--pipeline", folder, "--num_inference_steps", 2, "--images_per_class", 3]
-    output = run(EXAMPLES / "sample_hdit.py", *common, "--output", tmp_path / "all.png", "--real_images", sheet)
+    output = run(EXAMPLES / "sample_hdit.py", *common, "--output", tmp_path / "all.png", "--real_images", SHEET)
     assert "39 images in 13 rows" in output
     grid = Image.open(tmp_path / "all.png")
     assert grid.height == 14 * (64 + 4) + 4 and grid.width > 3 * 68

@@ -61,7 +61,7 @@ def denoise(model, noised: Tensor, sigma: Tensor, sigma_data: float = 0.5, **mod
 
 
 def _soft_min_snr(sigma: Tensor, sigma_data: float) -> Tensor:
-    """Crowson et al. 2024, section 3.3: 1 / (σ² + σd²) on the denoised image, a smooth min(SNR, γ) with γ = 1/σd²."""
+    """Crowson et al. 2024, arXiv 2401.11605: 1 / (σ² + σd²) on the denoised image, a smooth min(SNR, γ) with γ = 1/σd²."""
     return (sigma * sigma_data) ** 2 / (sigma**2 + sigma_data**2) ** 2
 
 
@@ -133,7 +133,7 @@ def stratified_uniform(
     """
     One draw from each of the `batch * world_size * micro_steps` equal strata of (0, 1): this process's and this
     micro-step's share, `(batch,)` float64. Over the whole global batch every stratum is hit once, which takes most of
-    the variance out of the loss (Kingma et al. 2021, arXiv 2107.00630, appendix I.1).
+    the variance out of the loss (Kingma et al. 2021, arXiv 2107.00630).
 
     Raises:
         ValueError: for a rank or micro-step outside its range.
@@ -159,7 +159,7 @@ def _cosine_logsnr(t: Tensor, logsnr_first: float, logsnr_last: float) -> Tensor
 def _cosine_interpolated(
     u, image_size, sigma_data, noise_size_low=32, noise_size_high=None, sigma_min=1e-3, sigma_max=1e3
 ):
-    """Hoogeboom et al. 2023, "simple diffusion", arXiv 2301.11093, section 2.1 (interpolated shifted schedule)."""
+    """Hoogeboom et al. 2023, "simple diffusion", arXiv 2301.11093: the interpolated, shifted cosine schedule."""
     logsnr_first, logsnr_last = (-2 * math.log(sigma / sigma_data) for sigma in (sigma_max, sigma_min))
 
     def shifted(noise_size: float) -> Tensor:
@@ -241,7 +241,7 @@ def _float32(x: Tensor) -> Tensor:
 
 def _per_sample(sigma: Tensor | float, image: Tensor) -> Tensor:
     """`(B,)`, in the image's dtype and on its device."""
-    return torch.as_tensor(sigma, device=image.device).to(image.dtype).expand(image.shape[0])
+    return torch.as_tensor(sigma, dtype=image.dtype, device=image.device).expand(image.shape[0])
 
 
 def _like(image: Tensor, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The Hourglass Diffusion Transformer, from the patches in to the patches out, in the order of the paper.
 
 Crowson et al., "Scalable High-Resolution Pixel-Space Image Synthesis with Hourglass Diffusion Transformers",
-ICML 2024, arXiv 2401.11605. Section and figure numbers below are the paper's.
+ICML 2024, arXiv 2401.11605.
 
 Shapes: B batch, C channels, H×W pixels, h×w tokens of a level, D width of a level, n heads, d head dim,
 M mapping width. Tokens are channels-last, (B, h, w, D), throughout.
@@ -38,7 +38,7 @@ class HDiTModelOutput(BaseOutput):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Positions: axial rotary embeddings (section 4.2)
+# Positions: axial rotary embeddings
 
 
 def axial_positions(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def axial_rotary_tables(y: Tensor, x: Tensor, num_heads: int, head_dim: int) -> 
 def cosine_similarity_rotary(x: Tensor, scale: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Scales queries or keys `(B, h, w, n, d)` to the length sqrt(scale) of their head, then rotates them.
 
-    Logits of two such vectors are scale * cosine similarity (section 4.2). At least float32 inside: an angle or a norm
+    Logits of two such vectors are scale * cosine similarity. At least float32 inside: an angle or a norm
     rounded to bfloat16 would move every logit.
     """
     cos, sin = rotary
@@ -90,7 +90,7 @@ def cosine_similarity_rotary(x: Tensor, scale: Tensor, rotary: tuple[Tensor, Ten
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Conditioning: noise level, augmentation, class and vectors to one embedding (B, M) (section 4.4, appendix B)
+# Conditioning: noise level, augmentation, class and vectors to one embedding (B, M)
 
 
 class FourierFeatures(nn.Module):
@@ -107,7 +107,7 @@ class FourierFeatures(nn.Module):
 
 
 class HDiTFeedForward(nn.Module):
-    """`(..., D) -> (..., D)`: GEGLU (section 4.3), the last projection zero at the start."""
+    """`(..., D) -> (..., D)`: GEGLU, the last projection zero at the start."""
 
     def __init__(self, dim: int, ff_dim: int, dropout: float = 0.0):
         super().__init__()
@@ -316,7 +316,7 @@ def make_attention_kind(attention_type: str, kernel_size: int, window_size: int,
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A block (figure 3)
+# A block
 
 
 class HDiTAttention(nn.Module):
@@ -371,7 +371,7 @@ class HDiTFeedForwardBlock(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Between levels (section 4.1)
+# Between levels
 
 
 class TokenMerge(nn.Module):
@@ -405,7 +405,7 @@ class TokenSplit(nn.Module):
 
 
 class TokenSplitWithSkip(TokenSplit):
-    """TokenSplit whose result is mixed with the skip by one learned factor (equation 1)."""
+    """TokenSplit whose result is mixed with the skip by one learned factor."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
@@ -417,7 +417,7 @@ class TokenSplitWithSkip(TokenSplit):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The network (figure 2)
+# The network
 
 
 class HDiTModel(CarriesCode, ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -557,7 +557,7 @@ class HDiTModel(CarriesCode, ModelMixin, ConfigMixin, PeftAdapterMixin):
         dtype = self.dtype
         hidden_states = self.patch_in(sample.to(dtype).permute(0, 2, 3, 1))
 
-        timestep = torch.as_tensor(timestep, device=sample.device).to(torch.promote_types(dtype, torch.float32))
+        timestep = torch.as_tensor(timestep, dtype=torch.promote_types(dtype, torch.float32), device=sample.device)
         timestep = timestep.expand(sample.shape[0])
         cond = self.conditioning(timestep, class_labels, augment_cond, mapping_cond, dtype)
         rotaries = self.rotary_tables(*hidden_states.shape[1:3], sample.device)

@@ -39,7 +39,7 @@ def neighborhood_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attend from every token to the `kh x kw` window around it (Hassani et al. 2023, arXiv 2204.07143, section 3).
+    """Attend from every token to the `kh x kw` window around it (Hassani et al. 2023, arXiv 2204.07143).
 
     The window of token `(i, j)` starts at row `clamp(i - kh // 2, 0, h - kh)` and column
     `clamp(j - kw // 2, 0, w - kw)`: near a border it moves inside the grid and never shrinks. All backends compute
@@ -219,12 +219,13 @@ def _tiled(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], s
 
     def halos(x: Tensor) -> Tensor:
         # Tokens first: one gather of whole (B, n, d) rows, and its transpose needs no second copy.
-        x = x.permute(1, 2, 0, 3, 4).reshape(h * w, b * n, d)
+        x = x.permute(1, 2, 0, 3, 4).reshape(h, w, b * n, d)
         if torch.compiler.is_compiling():
             # Inductor (torch 2.13) fails to simplify a flat index that it computes itself in an inference graph.
-            x = x.unflatten(0, (h, w))[rows[:, None, :, None], cols[None, :, None, :]]
+            x = x[rows.flatten()[:, None], cols.flatten()]
+            x = x.reshape(*rows.shape, *cols.shape, b * n, d).transpose(1, 2)
         else:
-            x = x.index_select(0, keys)
+            x = x.flatten(0, 1).index_select(0, keys)
         return x.reshape(bias.shape[0], bias.shape[3], b * n, d).transpose(1, 2)
 
     queries = _split(query, th, tw).permute(1, 3, 0, 5, 2, 4, 6)  # R, C, B, n, th, tw, d

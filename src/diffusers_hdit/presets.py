@@ -26,10 +26,9 @@ _PRESETS = {
     "tiny": {
         "model": {
             "sample_size": 32,
-            "patch_size": 4,
-            "widths": [128, 256],
-            "depths": [2, 4],
-            "kernel_size": 3,
+            "patch_size": 2,
+            "widths": [64, 128, 256],
+            "depths": [1, 1, 4],
             "mapping_width": 128,
         },
         "training": {"learning_rate": 1e-3, "ema_decay": 0.998},

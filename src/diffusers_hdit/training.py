@@ -27,7 +27,7 @@ def parameter_groups(
     model: nn.Module, learning_rate: float, weight_decay: float, mapping_lr_scale: float
 ) -> list[dict]:
     """
-    Groups for AdamW as in the paper (appendix C): weight decay on the matrices of attention, feed-forward, merges,
+    Groups for AdamW as in the paper: weight decay on the matrices of attention, feed-forward, merges,
     splits, patches and adaptive norms; none on embeddings, Fourier projections, norms and scales. The mapping network
     and the adaptive norms that it feeds learn at `mapping_lr_scale` times the rate.
     """
@@ -119,9 +119,8 @@ def save_checkpoint(accelerator, output_dir: Path, progress: dict, total_limit: 
         (partial / "progress.json").write_text(json.dumps(progress))
         shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)
-        for old in checkpoints(output_dir)[: -total_limit if total_limit else None]:
-            if total_limit:
-                shutil.rmtree(old)
+        for old in checkpoints(output_dir)[:-total_limit] if total_limit else []:
+            shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return path
 

@@ -1,0 +1,82 @@
+"""Shows that a local level costs time in proportion to its tokens: 1, 2 and 4 times the pixels.
+
+    python benchmarks/linear_cost.py [--device cpu|cuda] [--width 128] [--tokens 64] [--rounds 9]
+
+The level is blocks of HDiT as the model builds them (adaptive norms, attention in a 7×7 neighborhood, feed-forward).
+Beside it the same blocks with global attention, whose cost grows with the square. The sizes take turns in every round,
+and ratios are of times of the same round, so that a machine that slows down slows them all.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+
+import torch
+
+from diffusers_hdit.modeling_hdit import axial_positions, axial_rotary_tables, resolve_levels
+
+
+def timer(level, grid, conditioning, device, train: bool):
+    torch.manual_seed(0)
+    blocks = level.make_blocks(conditioning.shape[1]).to(device)
+    for parameter in blocks.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.02)
+    rotary = axial_rotary_tables(*axial_positions(*grid, device), level.heads, level.head_dim)
+    tokens = torch.randn(1, *grid, level.width, device=device)
+
+    def run() -> float:
+        wait(device)
+        start = time.perf_counter()
+        with torch.set_grad_enabled(train):
+            out = tokens
+            for block in blocks:
+                out = block(out, conditioning, rotary)
+            if train:
+                out.square().mean().backward()
+        wait(device)
+        return time.perf_counter() - start
+
+    return run
+
+
+def wait(device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=64, help="side of the smallest grid")
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    device, side = torch.device(args.device), args.tokens
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"torch {torch.__version__}, {platform.machine()}, {name}, float32, width {args.width}, depth {args.depth}")
+    conditioning = torch.randn(1, 256, device=device)
+    grids = [(side, side), (side, 2 * side), (2 * side, 2 * side)]
+    print(f"{'':<34}{'':>12}{'median ms (spread of the middle half)':>38}{'of the smallest':>18}")
+    for kind in ("neighborhood", "global"):
+        level = resolve_levels([args.width], [args.depth], None, [kind], 64, 7, 8, 0.0)[0]
+        for train in (False, True):
+            runs = [timer(level, grid, conditioning, device, train) for grid in grids]
+            for run in runs:
+                run()
+            rounds = [[run() for run in runs] for _ in range(args.rounds)]
+            for i, grid in enumerate(grids):
+                times = [1e3 * times[i] for times in rounds]
+                ratio = statistics.median(times[i] / times[0] for times in rounds)
+                low, _, high = statistics.quantiles(times, n=4)
+                what = f"{kind}, {'forward + backward' if train else 'forward'}"
+                print(
+                    f"{what:<34}{f'{grid[0]}×{grid[1]}':>12}{statistics.median(times):>18.1f} "
+                    f"({low:.1f} to {high:.1f}){'':<3}{ratio:>12.2f}x"
+                )
+
+
+if __name__ == "__main__":
+    main()

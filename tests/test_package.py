@@ -1,0 +1,107 @@
+"""What holds for the repository as a whole: imports, the README's commands and snippets, its map of files."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+import diffusers_hdit
+
+
+README = (REPOSITORY / "README.md").read_text()
+
+
+def test_public_names():
+    for name in diffusers_hdit.__all__:
+        assert getattr(diffusers_hdit, name) is not None
+    assert set(diffusers_hdit.__all__) <= set(dir(diffusers_hdit))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        diffusers_hdit.nothing  # noqa: B018
+
+
+def test_import_is_quick_and_needs_torch_and_diffusers_only():
+    code = """
+import sys, builtins
+real = builtins.__import__
+def guarded(name, *args, **kwargs):
+    if name.partition('.')[0] in ('datasets', 'natten', 'peft', 'tensorboard', 'tqdm.auto'):
+        caller = (args[0] or {}).get('__name__', '') if args else ''
+        assert not caller.startswith('diffusers_hdit'), name
+    return real(name, *args, **kwargs)
+import diffusers_hdit
+assert 'torch' not in sys.modules, 'import diffusers_hdit alone imports nothing heavy'
+builtins.__import__ = guarded
+from diffusers_hdit import HDiTModel, HDiTPipeline, diffusion, presets
+HDiTModel(sample_size=16, patch_size=2, widths=[16], depths=[1], attention_head_dim=8, mapping_width=8)
+assert 'natten' not in sys.modules and 'datasets' not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def snippets(language):
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+    return [text for name, text in blocks if name == language]
+
+
+@pytest.mark.parametrize("number", range(len(snippets("python"))))
+def test_python_snippets_of_the_readme(number, tmp_path, monkeypatch, make_model):
+    """Run as they stand, in a folder that has what `make demo` made: a pipeline of the same kind in demo/pipeline."""
+    from diffusers import EDMDPMSolverMultistepScheduler
+
+    from diffusers_hdit import HDiTPipeline
+
+    labels = {0: "cat-face", 1: "face-smiling"}
+    pipeline = HDiTPipeline(make_model(num_classes=2), EDMDPMSolverMultistepScheduler(), id2label=labels)
+    pipeline.save_pretrained(tmp_path / "demo" / "pipeline")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippets("python")[number], f"README.md, Python snippet {number}", "exec"), {})
+
+
+def test_the_readmes_commands_exist():
+    """Every script and every flag that the README's shell lines name."""
+    commands = "\n".join(snippets("bash")).replace("\\\n", " ").splitlines()
+    assert any("make demo" in command for command in commands) and any("make test" in command for command in commands)
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for command in commands:
+        words = command.split("#")[0].split()
+        if words[:1] == ["make"]:
+            assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE), command
+        scripts = [word for word in words if word.endswith(".py")]
+        modules = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "-m" and "hdit" in words[i + 1]]
+        for target in [[REPOSITORY / s] for s in scripts] + [["-m", m] for m in modules]:
+            usage = subprocess.run(
+                [sys.executable, *map(str, target), "--help"], capture_output=True, text=True, check=True
+            ).stdout
+            for flag in (word for word in words if word.startswith("--")):
+                assert flag in usage, f"{flag} in: {command}"
+
+
+def test_the_map_of_files_is_true():
+    block = next(block for block in snippets("") if "src/diffusers_hdit/" in block)
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=REPOSITORY, capture_output=True, text=True
+    ).stdout.split()  # fmt: skip
+    folder, named = "", set()
+    for line in block.splitlines():
+        name, _, description = line.strip().partition(" ")
+        if name.endswith("/") and not line.startswith(" "):
+            folder = name
+        path = folder if name == folder else (folder + name if line.startswith(" ") else name)
+        assert any(file == path or file.startswith(path) for file in tracked), f"{path} does not exist"
+        assert 0 < len(description.split()) <= 8, f"{path}: at most eight words"
+        named.add(path)
+    for file in tracked:
+        if file.startswith(("src/", "examples/")) and file.endswith(".py"):
+            assert file in named, f"{file} is missing from the README's map"
+
+
+def test_nothing_machine_specific():
+    """No path or host of the machine that it was written on."""
+    words = [b"/wo" + b"rk/", b"/ro" + b"ot/", b"file:" + b"///opt"]
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True).stdout.split()
+    for file in tracked:
+        if file.endswith((".py", ".md", ".cfg", ".toml", ".txt", ".json", "Makefile", "run")):
+            content = (REPOSITORY / file).read_bytes()
+            assert not [word for word in words if word in content], file
