@@ -8,13 +8,14 @@ averaged (EMA) weights, checkpoint-STEP folders to resume from, and samples/ wit
 """
 
 import argparse
+import functools
 import json
 import math
 import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -89,6 +90,12 @@ def make_parser() -> argparse.ArgumentParser:
     out("--num_validation_images", type=int, default=16)
     out("--report_to", default="none", help="tensorboard, wandb, ... (accelerate's trackers), or none")
     out("--logging_dir", default="logs", help="inside the output folder")
+
+    hub = parser.add_argument_group("Hugging Face Hub").add_argument
+    hub("--push_to_hub", action=yes_no, default=False, help="push the pipeline, in the background, at each validation")
+    hub("--hub_model_id", help="USER/NAME; default: the name of the output folder")
+    hub("--hub_token", help="default: the one of `hf auth login`, or HF_TOKEN")
+    hub("--hub_private_repo", action=yes_no, default=None, help="make the repository a private one")
     return parser
 
 
@@ -114,6 +121,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     if (args.train_data_dir is None) == (args.dataset_name is None):
         parser.error("give either --train_data_dir or --dataset_name.")
+    hub_flags = [name for name in ("hub_model_id", "hub_token", "hub_private_repo") if getattr(args, name)]
+    if hub_flags and not args.push_to_hub:
+        parser.error(f"--{hub_flags[0]} does nothing without --push_to_hub.")
     args.model = {"sample_size": 256, **model}
     args.scheduler = {"sigma_min": 0.01, "sigma_max": 160.0, "sigma_data": 0.5, **scheduler}
     args.sigma_data = args.scheduler["sigma_data"]
@@ -150,6 +160,22 @@ class Run:
     total_steps: int
     step: int = 0
     images_seen: int = 0
+    # What only the model card asks for: the mean loss of the last `averaged` steps, when this part of the training
+    # began, the parts before it (None if a checkpoint did not say), and what pushes.
+    loss: float | None = None
+    averaged: int | None = None
+    began: float = 0.0
+    earlier_parts: list | None = field(default_factory=list)
+    pusher: training.BackgroundPush | None = None
+
+    @property
+    def parts(self) -> list[dict] | None:
+        """Hardware and seconds of each uninterrupted part of the training."""
+        part = {
+            "hardware": training.describe_hardware(self.accelerator),
+            "seconds": time.perf_counter() - self.began,
+        }
+        return None if self.earlier_parts is None else [*self.earlier_parts, part]
 
     @property
     def settings(self) -> dict:
@@ -182,8 +208,11 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint is not None:
         progress = training.load_checkpoint(accelerator, checkpoint, run.settings)
         run.step, run.images_seen = progress["step"], progress["images_seen"]
+        run.earlier_parts = progress.get("parts")
         run.ema.to(accelerator.device)
         accelerator.print(f"Going on from {checkpoint}: step {run.step}, {run.images_seen:,} images seen.")
+    if args.push_to_hub and accelerator.is_main_process:
+        run.pusher = training.make_pusher(args)
     parameters, classes = sum(p.numel() for p in run.network.parameters()), run.network.config.num_classes
     accelerator.print(
         f"{parameters / 1e6:.1f}M parameters, {len(run.dataset):,} images at {resolution[0]}×{resolution[1]}"
@@ -192,15 +221,20 @@ def main(argv: list[str] | None = None) -> None:
     )
     if accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        (Path(args.output_dir) / "training_args.json").write_text(json.dumps(vars(args), indent=2))
+        (Path(args.output_dir) / "training_args.json").write_text(
+            json.dumps({name: value for name, value in vars(args).items() if name != "hub_token"}, indent=2)
+        )
     accelerator.init_trackers("train_hdit")
 
     train(run)
     save_samples(run, "final")
     if accelerator.is_main_process:
-        with ema_weights(run.network.eval(), run.ema):
-            training.make_pipeline(run.network, args.scheduler, run.dataset.id2label).save_pretrained(args.output_dir)
+        save_pipeline(run, Path(args.output_dir), "final")
         print(f"Saved the pipeline. HDiTPipeline.from_pretrained({args.output_dir!r}) draws images with it.")
+    if run.pusher is not None:
+        commit = run.pusher.finish(args.output_dir, f"End of training, {run.step} steps")
+        if commit is not None:
+            print(f"Pushed it to {commit.commit_url}")
     accelerator.end_training()
 
 
@@ -238,22 +272,27 @@ def train(run: Run) -> None:
     )
     progress_bar = tqdm(total=run.total_steps, initial=run.step, disable=not accelerator.is_main_process, unit="step")
     batches, losses, started = iter(loader), [], time.perf_counter()
+    run.began = started
     run.model.train()
     while run.step < run.total_steps:
         losses.append(train_step(run, batches))
         progress_bar.update()
         if run.step % LOG_EVERY == 0 or run.step == run.total_steps:
-            loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
-            rate = len(losses) * run.global_batch / (time.perf_counter() - started)
+            run.loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
+            run.averaged = len(losses)
+            rate = run.averaged * run.global_batch / (time.perf_counter() - started)
             lr = run.lr_scheduler.get_last_lr()[0]
-            progress_bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, {rate:.0f} images/s")
-            accelerator.log({"loss": loss, "lr": lr, "images_per_second": rate}, step=run.step)
+            progress_bar.set_postfix_str(f"loss {run.loss:.4f}, lr {lr:.1e}, {rate:.0f} images/s")
+            accelerator.log({"loss": run.loss, "lr": lr, "images_per_second": rate}, step=run.step)
             losses, started = [], time.perf_counter()
         if run.step % args.checkpointing_steps == 0 or run.step == run.total_steps:
-            progress = {"step": run.step, "images_seen": run.images_seen, "settings": run.settings}
+            progress = {"step": run.step, "images_seen": run.images_seen, "settings": run.settings, "parts": run.parts}
             training.save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit)
         if run.step % args.validation_steps == 0 and run.step < run.total_steps:
             save_samples(run, f"step-{run.step:07d}")
+            if run.pusher is not None:
+                save = functools.partial(save_pipeline, run, samples=f"step-{run.step:07d}")
+                run.pusher.push(save, f"Step {run.step} of {run.total_steps}")
     progress_bar.close()
 
 
@@ -300,6 +339,27 @@ def save_samples(run: Run, name: str) -> None:
     run.network.train()
     if run.accelerator.is_main_process:
         training.save_image_grid(images, Path(run.args.output_dir) / "samples" / f"{name}.png")
+
+
+def save_pipeline(run: Run, folder: Path, samples: str) -> None:
+    """With what its model card says; `samples` is the name of the picture that shows these weights."""
+    with ema_weights(run.network.eval(), run.ema):
+        training.make_pipeline(run.network, run.args.scheduler, run.dataset.id2label).save_pretrained(folder)
+    run.network.train()
+    training.save_facts(
+        folder,
+        run.args,
+        samples=Path(run.args.output_dir) / "samples" / f"{samples}.png",
+        embedded=run.args.dataset_name in EMBEDDED_DATASETS,
+        images=len(run.dataset),
+        steps=run.step,
+        images_seen=run.images_seen,
+        batch_size=run.global_batch,
+        mixed_precision=run.accelerator.mixed_precision,
+        runs=run.parts,
+        final_loss=run.loss,
+        final_loss_steps=run.averaged,
+    )
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:

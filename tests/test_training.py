@@ -83,8 +83,8 @@ def test_training_ends_in_a_pipeline(trained):
     folder, output = trained
     assert "124 images at 16×16 in 13 classes, 6 steps of 8 images" in output
     assert {path.name for path in folder.iterdir()} == {
-        "checkpoint-3", "checkpoint-6", "logs", "model_index.json", "samples", "scheduler", "training_args.json",
-        "transformer",
+        "checkpoint-3", "checkpoint-6", "logs", "model_index.json", "pipeline_hdit.py", "samples", "scheduler",
+        "training_args.json", "training_facts.json", "transformer",
     }  # fmt: skip
     assert {path.name for path in (folder / "samples").iterdir()} == {"step-0000003.png", "final.png"}
     assert Image.open(folder / "samples" / "final.png").size == (32, 16)
@@ -119,6 +119,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(trained, tmp_path):
     )
     assert "step 3, 24 images seen" in output
     assert equal(weights(resumed), weights(folder))
+    for run_folder, parts in ((folder, 1), (resumed, 2)):
+        facts = json.loads((run_folder / "training_facts.json").read_text())
+        assert len(facts["runs"]) == parts and facts["images_seen"] == 48
 
 
 def test_accelerate_launch_and_gradient_accumulation(trained, tmp_path):

@@ -1,6 +1,6 @@
 """Checkpoints of the reference implementation (k-diffusion, `image_transformer_v2`), read and written.
 
-    python -m diffusers_hdit.convert_k_diffusion CHECKPOINT --output_dir DIR [--config FILE]
+    python -m diffusers_hdit.convert_k_diffusion CHECKPOINT --output_dir DIR [--config FILE] [--push_to_hub USER/NAME]
 
 The names and the defaults of its configuration are those of k-diffusion's `config.py` and `image_transformer_v2.py`.
 """
@@ -311,7 +311,11 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", help=".safetensors, or a training .pth (its EMA weights are taken)")
     parser.add_argument("--output_dir", required=True, help="folder to write the pipeline to; new or empty")
     parser.add_argument("--config", help="the reference's JSON configuration, if the checkpoint holds none")
+    parser.add_argument("--push_to_hub", metavar="USER/NAME", help="push it to the Hugging Face Hub as well")
+    parser.add_argument("--private", action="store_true", help="with --push_to_hub: into a private repository")
     args = parser.parse_args(args)
+    if args.private and not args.push_to_hub:
+        parser.error("--private does nothing without --push_to_hub.")
     output_dir = Path(args.output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         parser.error(f"--output_dir {args.output_dir!r} is not an empty folder; nothing in it was touched.")
@@ -322,6 +326,10 @@ def main(args: list[str] | None = None) -> None:
     pipeline.save_pretrained(output_dir)
     parameters = sum(p.numel() for p in pipeline.transformer.parameters())
     print(f"Wrote {output_dir}: {parameters / 1e6:.1f}M parameters. HDiTPipeline.from_pretrained({str(output_dir)!r})")
+    if args.push_to_hub:
+        from . import hub
+
+        hub.main([str(output_dir), args.push_to_hub, *(["--private"] if args.private else [])])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from .neighborhood import BACKENDS, neighborhood_attention, unavailable_reason, whole_grid_attention
+from .remote_code import CarriesCode, package_module
 
 
 EPS = 1e-6
@@ -419,7 +420,7 @@ class TokenSplitWithSkip(TokenSplit):
 # The network
 
 
-class HDiTModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class HDiTModel(CarriesCode, ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     The Hourglass Diffusion Transformer: a transformer in the shape of a U-Net that denoises images in pixel space.
 
@@ -450,6 +451,8 @@ class HDiTModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         ValueError: for lists of different lengths, unknown attention types, and sizes that do not fit each other.
     """
 
+    # config.json then says which file Diffusers' AutoModel finds this class in.
+    _auto_class = "AutoModel"
     _supports_gradient_checkpointing = True
     _no_split_modules = ["HDiTTransformerBlock", "HDiTFeedForwardBlock"]
     _repeated_blocks = ["HDiTTransformerBlock", "HDiTFeedForwardBlock"]
@@ -520,8 +523,7 @@ class HDiTModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "HDiTModel":
         """A new model with the hyperparameters of a preset (`presets.names()`), some of them overridden."""
-        from . import presets
-
+        presets = package_module("presets")
         return cls(**{**presets.load(name)["model"], **overrides})
 
     def forward(

@@ -10,6 +10,7 @@ Shapes:
 
 import importlib.util
 import os
+import re
 import shutil
 import sys
 import threading
@@ -174,6 +175,10 @@ def _plan(build: Callable, query: Tensor, *key):
     return plan
 
 
+# The code that comes with a repository is imported under other names in the same process: an operator for each.
+_OPERATORS = re.sub("[^0-9A-Za-z_]", "_", __name__)
+
+
 # ---- tiled ----
 
 
@@ -190,8 +195,7 @@ def _axis_halos(length: int, kernel: int, tile: int, device: torch.device) -> tu
 
 
 def _tiled_plan(h: int, w: int, kh: int, kw: int, th: int, tw: int, dtype: torch.dtype, device: torch.device):
-    """Keys of each tile, as rows `(R, hh)` and columns `(C, hw)` and as flat indices `(T * hh * hw)`, and an additive
-    mask `(T, 1, th * tw, hh * hw)`."""
+    """Flat key indices `(T * hh * hw)` and additive mask `(T, 1, th * tw, hh * hw)`."""
     rows, sees_rows = _axis_halos(h, kh, th, device)
     cols, sees_cols = _axis_halos(w, kw, tw, device)
     keys = (rows[:, None, :, None] * w + cols[None, :, None, :]).flatten()
@@ -200,7 +204,7 @@ def _tiled_plan(h: int, w: int, kh: int, kw: int, th: int, tw: int, dtype: torch
     # Rows that start at multiples of 16 elements spare the memory-efficient CUDA kernel a padded copy per call.
     bias = torch.zeros(*sees.shape[:3], -(-sees.shape[3] // 16) * 16, dtype=dtype, device=device)
     bias = bias[..., : sees.shape[3]].masked_fill_(~sees, float("-inf"))
-    return rows, cols, keys, bias
+    return keys, bias
 
 
 def _split(x: Tensor, th: int, tw: int) -> Tensor:
@@ -211,20 +215,55 @@ def _split(x: Tensor, th: int, tw: int) -> Tensor:
     return x.unflatten(2, (-1, tw)).unflatten(1, (-1, th))
 
 
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of `x` `(N, ...)` at `index` `(M)`."""
+    # As one node of a traced graph on the CPU: Inductor fails to simplify the index in inference (torch 2.13), and gets
+    # the sum over repeated indices in the backward pass wrong (torch 2.6).
+    opaque = torch.compiler.is_compiling() and x.device.type == "cpu"
+    return _opaque_gather(x, index) if opaque else x.index_select(0, index)
+
+
+@torch.library.custom_op(f"{_OPERATORS}::gather_rows", mutates_args=())
+def _opaque_gather(x: Tensor, index: Tensor) -> Tensor:
+    return x.index_select(0, index)
+
+
+@_opaque_gather.register_fake
+def _(x: Tensor, index: Tensor) -> Tensor:
+    return x.new_empty(index.shape[0], *x.shape[1:])
+
+
+@torch.library.custom_op(f"{_OPERATORS}::sum_rows", mutates_args=())
+def _opaque_sum(x: Tensor, index: Tensor, length: int) -> Tensor:
+    """The transpose of `_opaque_gather`: rows of `x` `(M, ...)` added up at `index` into `(length, ...)`."""
+    return x.new_zeros(length, *x.shape[1:]).index_add_(0, index, x)
+
+
+@_opaque_sum.register_fake
+def _(x: Tensor, index: Tensor, length: int) -> Tensor:
+    return x.new_empty(length, *x.shape[1:])
+
+
+def _keep_index(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.length = inputs[0].shape[0]
+
+
+def _sum_gradient(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    return _opaque_sum(gradient, *ctx.saved_tensors, ctx.length), None
+
+
+_opaque_gather.register_autograd(_sum_gradient, setup_context=_keep_index)
+
+
 def _tiled(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], scale: float) -> Tensor:
     b, h, w, n, d = query.shape
     th, tw = (tile if tile < length else length for tile, length in zip(_TILE, (h, w), strict=True))
-    rows, cols, keys, bias = _plan(_tiled_plan, query, h, w, *kernel, th, tw, query.dtype, query.device)
+    keys, bias = _plan(_tiled_plan, query, h, w, *kernel, th, tw, query.dtype, query.device)
 
     def halos(x: Tensor) -> Tensor:
         # Tokens first: one gather of whole (B, n, d) rows, and its transpose needs no second copy.
-        x = x.permute(1, 2, 0, 3, 4).reshape(h, w, b * n, d)
-        if torch.compiler.is_compiling():
-            # Inductor (torch 2.13) fails to simplify a flat index that it computes itself in an inference graph.
-            x = x[rows.flatten()[:, None], cols.flatten()]
-            x = x.reshape(*rows.shape, *cols.shape, b * n, d).transpose(1, 2)
-        else:
-            x = x.flatten(0, 1).index_select(0, keys)
+        x = _gather(x.permute(1, 2, 0, 3, 4).reshape(h * w, b * n, d), keys)
         return x.reshape(bias.shape[0], bias.shape[3], b * n, d).transpose(1, 2)
 
     queries = _split(query, th, tw).permute(1, 3, 0, 5, 2, 4, 6)  # R, C, B, n, th, tw, d
@@ -315,7 +354,7 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], sc
     return out[:, :h, :w]
 
 
-@torch.library.custom_op("diffusers_hdit::flex_neighborhood_attention", mutates_args=())
+@torch.library.custom_op(f"{_OPERATORS}::flex_neighborhood_attention", mutates_args=())
 def _opaque_flex(query: Tensor, key: Tensor, value: Tensor, kh: int, kw: int, scale: float) -> Tensor:
     """`_flex` as one node of a traced graph: on the CPU, FlexAttention does not compile next to other operations."""
     return _flex(query, key, value, (kh, kw), scale).contiguous()
@@ -365,9 +404,9 @@ def _flex_toolchain_problem(device_type: str) -> str:
 
 
 def _natten(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], scale: float) -> Tensor:
-    from natten import na2d
+    import natten  # optional: Diffusers asks for whatever `import x` it finds in a repository's code, but for such lines
 
-    return na2d(query.contiguous(), key.contiguous(), value.contiguous(), kernel_size=kernel, scale=scale)
+    return natten.na2d(query.contiguous(), key.contiguous(), value.contiguous(), kernel_size=kernel, scale=scale)
 
 
 def _natten_problem(
@@ -404,7 +443,7 @@ def _find_natten() -> tuple[str, tuple[int, ...]]:
     if importlib.util.find_spec("natten") is None:
         return "NATTEN is not installed", ()
     try:
-        import natten
+        import natten  # see above
     except Exception as error:  # a library built for another PyTorch or CUDA fails in many ways
         return f"NATTEN is installed but does not import ({error})", ()
     if not getattr(natten, "HAS_LIBNATTEN", False):

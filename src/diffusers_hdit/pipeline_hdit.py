@@ -4,6 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Optional, Union
 
 import torch
@@ -14,13 +15,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .modeling_hdit import HDiTModel
+from .remote_code import PipelineCarriesCode, package_module
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Labels = int | str | Sequence[int] | Sequence[str] | Tensor
 
 
-class HDiTPipeline(DiffusionPipeline):
+class HDiTPipeline(PipelineCarriesCode, DiffusionPipeline):
     r"""
     Draws images with a Hourglass Diffusion Transformer, directly in pixels.
 
@@ -345,12 +347,46 @@ class HDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: for a file that can't be read, a configuration of another network, or weights that do not fit it.
         """
-        from . import convert_k_diffusion
-
-        return convert_k_diffusion.load_pipeline(checkpoint, config, torch_dtype, pipeline_class=cls)
+        return package_module("convert_k_diffusion").load_pipeline(checkpoint, config, torch_dtype, pipeline_class=cls)
 
     def save_k_diffusion(self, path: str | PathLike) -> None:
         """Writes the weights and their configuration as a `.safetensors` that the reference loads."""
-        from . import convert_k_diffusion
+        package_module("convert_k_diffusion").save_pipeline(self, path)
 
-        convert_k_diffusion.save_pipeline(self, path)
+    # ------------------------------------------------------------------------------------------------------------------
+    # The Hub
+
+    def push_to_hub(self, repo_id: str, *args, **kwargs):
+        """
+        Uploads what inference needs, and a model card, to the Hugging Face Hub; in one commit, tried again if need be.
+
+        Text that somebody wrote into the repository's card stays. Weights of an earlier push that these replace go.
+
+        Args:
+            repo_id: "user/name"; made if it is not there.
+            commit_message, private, token, create_pr, variant: as in Diffusers. `private=True` and a repository that is
+                public already is an error.
+            revision: branch to push to, made if it is not there.
+            max_shard_size: larger weights are split, for instance "5GB".
+            license: of the weights, for the card, for instance "cc-by-4.0".
+            facts: `model_card.TrainingFacts` of the training, for the card; without it, the card says nothing of that.
+            samples: a PIL image for the card, described by `facts.samples`.
+
+        Returns:
+            `huggingface_hub.CommitInfo`, the URL of the commit.
+
+        Raises:
+            ValueError: for arguments that can't be, before anything is uploaded.
+            ImportError: in code that came with a repository, where the package is not installed.
+            huggingface_hub.errors.HfHubHTTPError: if the Hub refuses, or fails again and again.
+        """
+        return package_module("hub").push_pipeline(self, repo_id, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | PathLike, *args, push_to_hub: bool = False, **kwargs):
+        """As in Diffusers; `push_to_hub=True` then calls `push_to_hub(repo_id=...)` with the other arguments."""
+        hub = ("repo_id", "commit_message", "private", "token", "create_pr", "revision", "license")
+        hub = {name: kwargs.pop(name) for name in hub if name in kwargs}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if push_to_hub:
+            repo_id = hub.pop("repo_id", None) or Path(save_directory).resolve().name
+            package_module("hub").push_folder(save_directory, repo_id, **hub)

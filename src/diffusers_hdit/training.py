@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from . import diffusion
 from .data import mixed_seed
+from .hub import BackgroundPush
+from .model_card import TrainingFacts
 from .pipeline_hdit import HDiTPipeline
 
 
@@ -181,6 +183,9 @@ def make_pipeline(model, scheduler_config: dict, id2label: dict[int, str] | None
     return HDiTPipeline(model, EDMDPMSolverMultistepScheduler(**scheduler_config), id2label=id2label)
 
 
+SAMPLE_STEPS = 50
+
+
 def draw_validation_images(pipeline: HDiTPipeline, num_images: int, seed: int) -> list:
     """The same noise and labels each time, so that pictures of different steps can be compared."""
     pipeline.set_progress_bar_config(disable=True)
@@ -189,6 +194,7 @@ def draw_validation_images(pipeline: HDiTPipeline, num_images: int, seed: int) -
     return pipeline(
         labels,
         num_images_per_prompt=num_images if labels is None else 1,
+        num_inference_steps=SAMPLE_STEPS,
         generator=torch.Generator().manual_seed(seed),
     ).images
 
@@ -198,3 +204,70 @@ def save_image_grid(images: list, path: Path) -> None:
     rows = next(n for n in range(math.isqrt(len(images)), 0, -1) if len(images) % n == 0)
     path.parent.mkdir(exist_ok=True)
     make_image_grid(images, rows=rows, cols=len(images) // rows).save(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The Hub
+
+
+def make_pusher(args) -> BackgroundPush:
+    """
+    Args:
+        args: output_dir, hub_model_id, hub_private_repo, hub_token.
+
+    Raises:
+        ValueError: for a name that the Hub would refuse.
+    """
+    folder = Path(args.output_dir).resolve()
+    return BackgroundPush(
+        args.hub_model_id or folder.name,
+        private=args.hub_private_repo,
+        token=args.hub_token,
+        scratch=folder / ".on-its-way-to-the-hub",
+    )
+
+
+def describe_hardware(accelerator) -> str:
+    device = accelerator.device
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    return name if accelerator.num_processes == 1 else f"{accelerator.num_processes} × {name}"
+
+
+def save_facts(folder: Path, args, *, samples: Path, embedded: bool, **measured) -> None:
+    """
+    Writes what the model card says of a training beside its pipeline, and the picture of samples if it is elsewhere.
+
+    Args:
+        args: the flags of the training.
+        embedded: whether the dataset came with the example, and is none of the Hub.
+        measured: what the flags do not say, fields of `TrainingFacts`.
+    """
+    picture = Path(folder) / "samples" / samples.name
+    if samples.is_file() and not picture.exists():
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(samples, picture)
+    source = args.dataset_name or args.train_data_dir
+    on_disk = Path(source).exists()
+    name = Path(source).resolve().name if on_disk else source
+    TrainingFacts(
+        # Of a folder only its name: where it lies is nobody's business.
+        dataset=name if args.dataset_config_name is None else f"{name} ({args.dataset_config_name})",
+        dataset_id=None if on_disk or embedded else source,
+        noise_density=args.noise_density,
+        loss_weighting=args.loss_weighting,
+        learning_rate=args.learning_rate,
+        label_dropout=args.label_dropout if args.label_column else None,
+        ema_decay=args.ema_decay,
+        seed=args.seed,
+        samples={
+            "file": f"samples/{samples.name}",
+            "images": args.num_validation_images,
+            "steps": SAMPLE_STEPS,
+            "seed": args.seed,
+            "selected": False,
+        },
+        **measured,
+    ).save(folder)
