@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := demo/pipeline
 
-.PHONY: demo test test-slow quality style clean
+.PHONY: demo test quality style clean
 
 demo: demo/samples.png
 
@@ -21,9 +21,6 @@ $(DEMO)/model_index.json: | $(VENV)/.installed
 
 test: quality
 	$(BIN)/python -m pytest -n 2
-
-test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .
