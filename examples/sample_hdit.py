@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     images = []
     for start in range(0, len(labels), args.batch_size):
         part = labels[start : start + args.batch_size]
-        generators = [torch.Generator().manual_seed(args.seed * 2**32 + start + i) for i in range(len(part))]
+        generators = [torch.Generator().manual_seed((args.seed * 2**32 + start + i) % 2**63) for i in range(len(part))]
         unlabelled = part[0] is None
         images += pipeline(
             None if unlabelled else part,
@@ -117,5 +117,5 @@ def draw_grid(lines: list[tuple[str, list[Image.Image]]], cell_size: int) -> Ima
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

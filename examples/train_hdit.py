@@ -9,6 +9,7 @@ averaged (EMA) weights, checkpoint-STEP folders to resume from, and samples/ wit
 
 import argparse
 import functools
+import inspect
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -33,6 +35,11 @@ from diffusers_hdit.ema import ema_weights, make_ema
 
 # The faces that come with the project, to try everything with.
 EMBEDDED_DATASETS = {"fluent-faces": Path(__file__).parent / "data" / "fluent_faces_64.png"}
+POSITIVE = ("resolution", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs",
+            "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "num_validation_images")  # fmt: skip
+# A checkpoint brings these with it, so that another value would change nothing.
+KEPT_BY_A_CHECKPOINT = ("learning_rate", "mapping_lr_scale", "lr_scheduler", "adam_beta1", "adam_beta2", "adam_epsilon",
+                        "adam_weight_decay", "ema_decay")  # fmt: skip
 LOG_EVERY = 10  # steps; each look at the loss makes an accelerator wait
 
 
@@ -111,14 +118,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model, scheduler = ({**preset[key], **config.pop(key, {})} for key in ("model", "scheduler"))
     parser.set_defaults(**{**preset["training"], **config})
     args = parser.parse_args(argv)
-    for action in parser._actions:
-        value = getattr(args, action.dest, None)
-        is_number = action.type in (int, float) and action.nargs is None
-        if is_number and value is not None and not isinstance(value, (int, float)):
-            parser.error(f"{action.dest} in the config must be a number, got {value!r}.")
-        if action.choices is not None and value is not None and value not in action.choices:
-            parser.error(f"{action.dest} must be one of {', '.join(map(str, action.choices))}; got {value!r}.")
-
+    check_args(parser, args)
+    unknown = sorted(set(model) - set(inspect.signature(HDiTModel.__init__).parameters))
+    if unknown:
+        parser.error(f'the config\'s "model" has unknown keys: {", ".join(unknown)}.')
+    if model.get("mapping_cond_dim") or model.get("out_channels") not in (None, model.get("in_channels", 3)):
+        parser.error("this script trains models with as many output as input channels and without a mapping_cond.")
     if (args.train_data_dir is None) == (args.dataset_name is None):
         parser.error("give either --train_data_dir or --dataset_name.")
     hub_flags = [name for name in ("hub_model_id", "hub_token", "hub_private_repo") if getattr(args, name)]
@@ -130,6 +135,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resolution:
         args.model["sample_size"] = args.resolution[0] if len(args.resolution) == 1 else args.resolution
     return args
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What argparse does not check: that counts are positive, and the types of values from a config file."""
+    if isinstance(args.resolution, int):
+        args.resolution = [args.resolution]
+    for action in parser._actions:
+        name, value = action.dest, getattr(args, action.dest, None)
+        if value is None:
+            continue
+        kinds = {int: ("a whole number", int), float: ("a number", (int, float))}
+        wanted, kind = kinds.get(action.type, ("a text", str))
+        if isinstance(action, argparse.BooleanOptionalAction):
+            wanted, kind = "true or false", bool
+        values = value if name == "resolution" and isinstance(value, list) else [value]
+        if not all(isinstance(v, kind) and (kind is bool or not isinstance(v, bool)) for v in values):
+            parser.error(f"{name} must be {wanted}, got {value!r}.")
+        if action.choices is not None and value not in action.choices:
+            parser.error(f"{name} must be one of {', '.join(map(str, action.choices))}; got {value!r}.")
+        if name in POSITIVE and min(values) < 1:
+            parser.error(f"{name} must be at least 1, got {value!r}.")
+    if args.resolution is not None and len(args.resolution) not in (1, 2):
+        parser.error(f"resolution must be one number, or height and width; got {args.resolution}.")
 
 
 def read_config(parser: argparse.ArgumentParser, path: str) -> dict:
@@ -180,8 +208,11 @@ class Run:
     @property
     def settings(self) -> dict:
         """What must not change when a checkpoint is resumed."""
+        settings = {"seed": self.args.seed, "images": len(self.dataset)}
+        settings.update((name, getattr(self.args, name)) for name in KEPT_BY_A_CHECKPOINT)
         model = json.loads(self.network.to_json_string())
-        return {"seed": self.args.seed, "model": model, "images": len(self.dataset)}
+        settings.update((f"model.{name}", value) for name, value in model.items() if not name.startswith("_"))
+        return settings
 
     def batches(self) -> ShuffledBatches:
         return ShuffledBatches(
@@ -201,6 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = training.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     with torch.device("meta"):
         resolution = HDiTModel(**args.model).sample_size
+    training.make_scheduler(args.scheduler)
     accelerator = make_accelerator(args)
     run = prepare(args, accelerator, open_dataset(args, accelerator, resolution))
     run.batches()
@@ -277,7 +309,8 @@ def train(run: Run) -> None:
     while run.step < run.total_steps:
         losses.append(train_step(run, batches))
         progress_bar.update()
-        if run.step % LOG_EVERY == 0 or run.step == run.total_steps:
+        validating = run.step % args.validation_steps == 0
+        if run.step % LOG_EVERY == 0 or validating or run.step == run.total_steps:
             run.loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
             run.averaged = len(losses)
             rate = run.averaged * run.global_batch / (time.perf_counter() - started)
@@ -288,11 +321,12 @@ def train(run: Run) -> None:
         if run.step % args.checkpointing_steps == 0 or run.step == run.total_steps:
             progress = {"step": run.step, "images_seen": run.images_seen, "settings": run.settings, "parts": run.parts}
             training.save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit)
-        if run.step % args.validation_steps == 0 and run.step < run.total_steps:
+        if validating and run.step < run.total_steps:
             save_samples(run, f"step-{run.step:07d}")
             if run.pusher is not None:
                 save = functools.partial(save_pipeline, run, samples=f"step-{run.step:07d}")
                 run.pusher.push(save, f"Step {run.step} of {run.total_steps}")
+            started = time.perf_counter()
     progress_bar.close()
 
 
@@ -307,7 +341,7 @@ def train_step(run: Run, batches: Iterator[dict]) -> torch.Tensor:
             losses = training.draw_and_compute_loss(
                 run.model,
                 to_float(batch["image"].to(accelerator.device, non_blocking=True)),
-                batch["label"].to(accelerator.device) if "label" in batch else None,
+                batch["label"].to(accelerator.device, non_blocking=True) if "label" in batch else None,
                 num_classes=run.network.config.num_classes,
                 image_size=max(run.dataset.resolution),
                 strata={
@@ -332,7 +366,7 @@ def train_step(run: Run, batches: Iterator[dict]) -> torch.Tensor:
 
 
 def save_samples(run: Run, name: str) -> None:
-    """Drawn by all processes alike: the others would only wait, and a sharded model needs them all."""
+    """Drawn by all processes alike: the others would only wait."""
     with ema_weights(run.network.eval(), run.ema):
         pipeline = training.make_pipeline(run.network, run.args.scheduler, run.dataset.id2label)
         images = training.draw_validation_images(pipeline, run.args.num_validation_images, run.args.seed)
@@ -365,7 +399,8 @@ def save_pipeline(run: Run, folder: Path, samples: str) -> None:
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     # Said explicitly: several processes on a CPU would not find each other otherwise.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    device = PartialState(cpu=cpu).device
+    # Checking many images for the first time can take long, and the other processes wait for it.
+    device = PartialState(cpu=cpu, timeout=timedelta(hours=4)).device
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     if device.type == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1":
         # `accelerate launch` leaves one thread to a process unless told otherwise: share the cores out.
@@ -373,13 +408,16 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     if args.allow_tf32 and device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=training.resolve_mixed_precision(args.mixed_precision, device),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
     )
+    if args.report_to != "none" and not accelerator.log_with:
+        raise ValueError(f"--report_to {args.report_to}: that package is not installed.")
+    return accelerator
 
 
 def open_dataset(args: argparse.Namespace, accelerator: Accelerator, resolution: tuple[int, int]) -> ImageDataset:

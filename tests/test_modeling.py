@@ -151,6 +151,15 @@ def test_float32_statistics_in_bfloat16(make_model):
         assert not torch.equal(model(sample, 1.0).sample, model(sample, 1.002).sample)
 
 
+def test_casting_keeps_the_fourier_phases(make_model):
+    model = make_model()
+    weight = model.conditioning.time_proj.weight.clone()
+    for cast in (lambda: model.to(torch.bfloat16), model.half, lambda: model.to("cpu", torch.float64), model.float):
+        cast()
+        assert torch.equal(model.conditioning.time_proj.weight, weight)
+        assert model.conditioning.time_proj.weight.dtype == torch.float32
+
+
 def test_autocast_gives_float32_weights_bfloat16_speed_without_warnings(make_model):
     model = make_model()
     sample, timestep = inputs()
@@ -291,6 +300,7 @@ def test_neighborhood_backends_agree_and_can_be_changed_any_time(make_model):
         ({"sample_size": 36}, "height 36 must be a multiple of 8 .* nearest that works: 32 or 40"),
         ({"sample_size": 8, "kernel_size": 5}, "at least 24.*nearest that works: 24"),
         ({"in_channels": 0}, "in_channels must be at least 1"),
+        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
     ],
 )  # fmt: skip
 def test_configuration_errors(overrides, message):

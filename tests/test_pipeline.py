@@ -255,6 +255,7 @@ def test_progress_bar(make_pipeline, capfd):
         ({"class_labels": "lily"}, "there is no class 'lily'; the classes are: 'rose', 'tulip', 'daisy'"),
         ({"num_inference_steps": 0}, "num_inference_steps must be a positive integer, got 0"),
         ({"output_type": "jpg"}, "output_type must be one of 'pil', 'np', 'pt', 'latent'; got 'jpg'"),
+        ({"height": 0}, "height 0 must be a multiple of 8"),
         ({"height": 36}, "36×32 images: height 36 must be a multiple of 8"),
         ({"latents": torch.zeros(1, 1, 32, 32)}, r"latents must have shape \(1, 3, 32, 32\), got \(1, 1, 32, 32\)"),
         ({"guidance_scale": 2.0}, "guidance_scale=2.0 needs class_labels"),
@@ -268,6 +269,18 @@ def test_errors_before_the_first_evaluation(make_pipeline, calls, arguments, mes
     with pytest.raises(ValueError, match=message):
         pipe(**arguments)
     assert not calls
+
+
+def test_labels_that_are_no_labels(make_pipeline):
+    pipe = make_pipeline(num_classes=3)
+    assert len(pipe(np.int64(2), num_inference_steps=1).images) == 1
+    with pytest.raises(TypeError, match="integer"):
+        pipe([1.9])
+
+
+def test_a_model_whose_output_is_no_image_of_its_input(make_pipeline):
+    with pytest.raises(ValueError, match="as many output as input channels; this one has 1 and 3"):
+        make_pipeline(out_channels=1)()
 
 
 def test_labels_for_an_unconditional_model(make_pipeline):

@@ -312,6 +312,40 @@ def test_a_folder_that_holds_another_run(refuse, trained, tmp_path):
     )
 
 
+def test_latest_in_a_folder_of_something_else(refuse, tmp_path):
+    """Another program's checkpoint-3 must not be written over."""
+    (tmp_path / "run" / "checkpoint-3" / "unet").mkdir(parents=True)
+    refuse("is not an empty folder", "--resume_from_checkpoint", "latest")
+
+
+def test_going_on_from_elsewhere_or_from_an_older_checkpoint(refuse, trained, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model_index.json").write_text("{}")
+    refuse("is not an empty folder", "--resume_from_checkpoint", trained[0] / "checkpoint-3")
+    for name in ("checkpoint-3", "checkpoint-6", "checkpoint-6-mine", "checkpoint-best"):
+        shutil.copytree(trained[0] / "checkpoint-3", tmp_path / "run" / name)
+    assert [path.name for path in training.checkpoints(tmp_path / "run")] == ["checkpoint-3", "checkpoint-6"]
+    refuse("has a newer checkpoint, checkpoint-6", "--resume_from_checkpoint", "checkpoint-3")
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        ({"sigma_mx": 1}, '"scheduler" is wrong.*sigma_mx'),
+        ({"solver_type": "hen"}, '"scheduler" is wrong.*hen'),
+        ({"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, "solver_order 1 or 2"),
+    ],
+)
+def test_a_scheduler_that_could_not_sample(refuse, scheduler, message):
+    refuse(message, scheduler=scheduler)
+
+
+def test_what_a_checkpoint_brings_with_it_is_not_silently_ignored(refuse, trained, tmp_path):
+    shutil.copytree(trained[0] / "checkpoint-3", tmp_path / "run" / "checkpoint-3")
+    message = "learning_rate was 0.002, is 0.1; ema_decay was 0.9999, is 0.5"
+    refuse(message, "--resume_from_checkpoint", "latest", "--learning_rate", 0.1, "--ema_decay", 0.5)
+
+
 def test_a_checkpoint_of_another_model(refuse, trained, tmp_path):
     shutil.copytree(trained[0] / "checkpoint-3", tmp_path / "run" / "checkpoint-3")
     refuse("belongs to another run: seed was 0, is 5", "--resume_from_checkpoint", "latest", "--seed", 5)
@@ -346,7 +380,15 @@ def test_wrong_flags(tmp_path, capsys, arguments, message):
     [
         ({"lerning_rate": 1}, "unknown keys: lerning_rate. Allowed: .*learning_rate"),
         ({"learning_rate": "fast"}, "learning_rate: invalid float value: 'fast'"),
-        ({"learning_rate": [1e-3]}, r"learning_rate in the config must be a number, got \[0.001\]"),
+        ({"learning_rate": [1e-3]}, r"learning_rate must be a number, got \[0.001\]"),
+        ({"compile": "false"}, "compile must be true or false, got 'false'"),
+        ({"max_train_steps": 2.5}, "max_train_steps must be a whole number, got 2.5"),
+        ({"validation_steps": 0}, "validation_steps must be at least 1, got 0"),
+        ({"checkpoints_total_limit": -1}, "checkpoints_total_limit must be at least 1, got -1"),
+        ({"num_validation_images": 0}, "num_validation_images must be at least 1"),
+        ({"resolution": [1, 2, 3]}, r"resolution must be one number, or height and width; got \[1, 2, 3\]"),
+        ({"model": {"width": 3}}, '"model" has unknown keys: width'),
+        ({"model": {"mapping_cond_dim": 3}}, "without a mapping_cond"),
         ({"noise_density": "pink"}, "noise_density must be one of cosine-interpolated.*got 'pink'"),
         ({"preset": "huge"}, "there is no preset 'huge'"),
     ],

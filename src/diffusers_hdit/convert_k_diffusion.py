@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from diffusers import EDMDPMSolverMultistepScheduler
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -316,6 +317,11 @@ def main(args: list[str] | None = None) -> None:
     args = parser.parse_args(args)
     if args.private and not args.push_to_hub:
         parser.error("--private does nothing without --push_to_hub.")
+    if args.push_to_hub:
+        try:
+            validate_repo_id(args.push_to_hub)
+        except ValueError as error:
+            parser.error(str(error))
     output_dir = Path(args.output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         parser.error(f"--output_dir {args.output_dir!r} is not an empty folder; nothing in it was touched.")

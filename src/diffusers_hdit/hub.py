@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -365,7 +366,7 @@ class BackgroundPush:
 
     def command(self, folder: str | Path) -> str:
         private = " --private" if self.private else ""
-        return f"python -m diffusers_hdit.hub {folder} {self.repo_id}{private}"
+        return f"python -m diffusers_hdit.hub {shlex.quote(str(folder))} {self.repo_id}{private}"
 
     def _push_folder(self, folder: str | Path, commit_message: str) -> CommitInfo:
         return push_folder(

@@ -100,6 +100,14 @@ class FourierFeatures(nn.Module):
         super().__init__()
         self.register_buffer("weight", torch.randn(out_features // 2, in_features, dtype=torch.float32))
 
+    def _apply(self, function, recurse: bool = True):
+        """Moves to devices, but keeps float32: rounded phases would shift every noise level."""
+        weight = self.weight
+        super()._apply(function, recurse)
+        if self.weight.dtype != weight.dtype:
+            self.weight = weight.to(self.weight.device)
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         # Not a matmul, which autocast would run in half precision.
         f = 2 * math.pi * (x[:, None, :] * self.weight.to(x.dtype)).sum(-1)
@@ -457,7 +465,7 @@ class HDiTModel(CarriesCode, ModelMixin, ConfigMixin, PeftAdapterMixin):
     _no_split_modules = ["HDiTTransformerBlock", "HDiTFeedForwardBlock"]
     _repeated_blocks = ["HDiTTransformerBlock", "HDiTFeedForwardBlock"]
     _skip_layerwise_casting_patterns = ["patch_in", "conditioning", "norm", "patch_out"]
-    # Fixed random phases: rounding them would shift every noise level.
+    # Their phases are fixed; see FourierFeatures.
     _keep_in_fp32_modules = ["time_proj", "augment_proj"]
     # The outer levels are lists of lists; the lists below them are found by Diffusers itself.
     _group_offload_block_modules = ["down_blocks", "up_blocks"]
@@ -490,8 +498,12 @@ class HDiTModel(CarriesCode, ModelMixin, ConfigMixin, PeftAdapterMixin):
             widths, depths, ff_widths, attention_types, attention_head_dim, kernel_size, window_size, dropout
         )
         self.patch_size = pair("patch_size", patch_size)
-        for name, value in (("in_channels", in_channels), ("mapping_width", mapping_width)):
-            if value < 1:
+        for name, value in (
+            ("in_channels", in_channels),
+            ("mapping_width", mapping_width),
+            ("num_classes", num_classes),
+        ):
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         if mapping_width % 2:
             raise ValueError(f"mapping_width must be even (half cosines, half sines), got {mapping_width}.")
@@ -512,7 +524,6 @@ class HDiTModel(CarriesCode, ModelMixin, ConfigMixin, PeftAdapterMixin):
             self.merges.append(TokenMerge(level.width, inner.width))
             self.splits.append(TokenSplitWithSkip(inner.width, level.width))
             self.up_blocks.append(level.make_blocks(mapping_width, first_index=level.depth))
-        # The middle level bears the name under which Diffusers' caches look for it.
         self.transformer_blocks = self.levels[-1].make_blocks(mapping_width)
 
         self.norm_out = RMSNorm(outermost)

@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Optional, Union
@@ -105,11 +106,13 @@ class HDiTPipeline(PipelineCarriesCode, DiffusionPipeline):
             raise ValueError("class_labels were given, but this model was trained without classes. Leave them out.")
         if isinstance(class_labels, Tensor):
             class_labels = class_labels.flatten().tolist()
-        if isinstance(class_labels, (int, str)):
+        if isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
             class_labels = [class_labels]
         if len(class_labels) == 0:
             raise ValueError("class_labels is empty; give at least one, or None to draw without a label.")
-        ids = [self.get_label_ids(label)[0] if isinstance(label, str) else int(label) for label in class_labels]
+        ids = [
+            self.get_label_ids(label)[0] if isinstance(label, str) else operator.index(label) for label in class_labels
+        ]
         for i in ids:
             if not 0 <= i <= num_classes:
                 raise ValueError(
@@ -164,6 +167,11 @@ class HDiTPipeline(PipelineCarriesCode, DiffusionPipeline):
         channels = self.transformer.config.out_channels or self.transformer.config.in_channels
         if output_type == "pil" and channels not in (1, 3, 4):
             raise ValueError(f"PIL has no images of {channels} channels; use output_type='np', 'pt' or 'latent'.")
+        if channels != self.transformer.config.in_channels:
+            raise ValueError(
+                f"this pipeline draws with a model of as many output as input channels; this one has {channels} and "
+                f"{self.transformer.config.in_channels}."
+            )
         if guidance_interval is not None:
             low, high = guidance_interval
             if not 0 <= low < high:
@@ -266,7 +274,7 @@ class HDiTPipeline(PipelineCarriesCode, DiffusionPipeline):
             num_images_per_prompt = len(latents)
         conditions, batch_size = self.encode_conditions(class_labels, mapping_cond, num_images_per_prompt)
         default = self.transformer.sample_size if latents is None else latents.shape[-2:]
-        height, width = height or default[0], width or default[1]
+        height, width = default[0] if height is None else height, default[1] if width is None else width
         self.transformer.check_size(height, width)
         latents = self.prepare_latents(latents, batch_size, height, width, generator)
 

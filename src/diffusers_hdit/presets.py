@@ -18,7 +18,6 @@ _TRAINING = {
     "adam_weight_decay": 0.01,
     "max_grad_norm": 1.0,
     "ema_decay": 0.9999,
-    "mixed_precision": "bf16",
     "label_dropout": 0.1,
 }
 

@@ -83,7 +83,10 @@ def draw_and_compute_loss(
         conditions["class_labels"] = torch.where(dropped, num_classes, labels)
     u = diffusion.stratified_uniform(batch, **strata)
     sigma = diffusion.sigma_from_uniform(u, args.noise_density, image_size=image_size, sigma_data=args.sigma_data)
-    sigma = sigma.to(image.device, torch.float32)
+    sigma = sigma.float()
+    if image.device.type == "cuda":  # a copy from pageable memory would make every step wait for the device
+        sigma = sigma.pin_memory()
+    sigma = sigma.to(image.device, non_blocking=True)
     noise = torch.randn_like(image)
     return diffusion.loss(model, image, noise, sigma, args.sigma_data, args.loss_weighting, **conditions)
 
@@ -100,7 +103,9 @@ def seed_step(seed: int, image_number: int) -> None:
 def checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if (path / "progress.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    # A name with more to it, such as checkpoint-500-backup, is somebody's own.
+    steps = {path: match for path in found if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+    return sorted(steps, key=lambda path: int(steps[path][1]))
 
 
 def save_checkpoint(accelerator, output_dir: Path, progress: dict, total_limit: int | None) -> Path:
@@ -130,18 +135,23 @@ def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
     The checkpoint that `--resume_from_checkpoint` names; None to start from the beginning.
 
     Raises:
-        ValueError: if the folder holds another run and nothing was said of resuming, or the checkpoint is not there.
+        ValueError: if the folder holds something else than the run to go on with, or the checkpoint is not there.
     """
-    output_dir = Path(output_dir)
-    if resume_from is None:
+    output_dir, found = Path(output_dir), checkpoints(output_dir)
+
+    def refuse_unless_empty() -> None:
         if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
             raise ValueError(
-                f"--output_dir {str(output_dir)!r} is not an empty folder. Give another one, or go on with the run in it: "
-                "--resume_from_checkpoint latest. Nothing was changed."
+                f"--output_dir {str(output_dir)!r} is not an empty folder. Give another one, or go on with the run in it, "
+                "if it holds one: --resume_from_checkpoint latest. Nothing was changed."
             )
+
+    if resume_from is None:
+        refuse_unless_empty()
         return None
-    found = checkpoints(output_dir)
     if resume_from == "latest":
+        if not found and not (output_dir / "training_args.json").is_file():
+            refuse_unless_empty()
         if not found and (output_dir / "model_index.json").exists():
             raise ValueError(
                 f"{str(output_dir)!r} holds a pipeline but no checkpoint to go on from. Nothing was changed."
@@ -152,6 +162,13 @@ def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
         names = ", ".join(p.name for p in found) or "none"
         raise ValueError(
             f"there is no complete checkpoint {resume_from!r}; in {str(output_dir)!r} there are: {names}."
+        )
+    if path.resolve().parent != output_dir.resolve():
+        refuse_unless_empty()
+    elif found[-1].name != path.name:
+        raise ValueError(
+            f"{str(output_dir)!r} has a newer checkpoint, {found[-1].name}, which going on from {path.name} would mix with "
+            "the new ones. Move it away, or copy the older one into another folder and go on there. Nothing was changed."
         )
     return path
 
@@ -179,8 +196,22 @@ def load_checkpoint(accelerator, path: Path, settings: dict) -> dict:
 # Pipelines
 
 
+def make_scheduler(config: dict) -> EDMDPMSolverMultistepScheduler:
+    """
+    Raises:
+        ValueError: for arguments that the scheduler does not take, or can't sample with.
+    """
+    try:
+        scheduler = EDMDPMSolverMultistepScheduler(**config)
+    except (TypeError, NotImplementedError, ValueError) as error:
+        raise ValueError(f'the config\'s "scheduler" is wrong: {error}') from error
+    if scheduler.config.algorithm_type == "sde-dpmsolver++" and scheduler.config.solver_order > 2:
+        raise ValueError('the config\'s "scheduler" is wrong: sde-dpmsolver++ has solver_order 1 or 2 in Diffusers.')
+    return scheduler
+
+
 def make_pipeline(model, scheduler_config: dict, id2label: dict[int, str] | None) -> HDiTPipeline:
-    return HDiTPipeline(model, EDMDPMSolverMultistepScheduler(**scheduler_config), id2label=id2label)
+    return HDiTPipeline(model, make_scheduler(scheduler_config), id2label=id2label)
 
 
 SAMPLE_STEPS = 50
