@@ -90,10 +90,10 @@ class CarriesCode:
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
+    def _dict_from_json_file(cls, json_file: str | os.PathLike, **kwargs) -> dict:
         # Downloads and loading both read the configuration here. What it says of code is for those who ask for no class
         # by name; where one is asked for, it is not to be replaced by the repository's.
-        config = super()._dict_from_json_file(json_file)
+        config = super()._dict_from_json_file(json_file, **kwargs)
         config.pop("auto_map", None)
         if isinstance(config.get("_class_name"), list):
             config["_class_name"] = config["_class_name"][-1]
