@@ -1,4 +1,4 @@
-"""Sources, the reading check and the order of images, all on real files."""
+"""Sources, labels and conditions, the reading check, the cache and the loader, all on real files."""
 
 import io
 import itertools
@@ -6,16 +6,20 @@ import json
 import os
 import pickle
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from data_files import folder_of, manifests, picture, saved_rows, spoil
 from PIL import Image
 
-from diffusers_hdit import data
-from diffusers_hdit.data import ImageDataset, ShuffledBatches, load_images, to_float
+from diffusers_hdit import image_cache
+from diffusers_hdit.data import Buckets, load_images, make_loader
+from diffusers_hdit.order import Item
+from diffusers_hdit.sources import cell_size
 
 
 FACES = Path(__file__).parents[1] / "examples" / "data" / "fluent_faces_64.png"
@@ -24,37 +28,6 @@ FACES = Path(__file__).parents[1] / "examples" / "data" / "fluent_faces_64.png"
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-
-
-def picture(seed=0, size=(12, 12)):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-
-
-def folder_of(tmp_path, *names, size=(12, 12)):
-    for i, name in enumerate(names):
-        path = tmp_path / "images" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture(i, size).save(path)
-    return tmp_path / "images"
-
-
-def load_one(tmp_path, image, name="one.png", resolution=None, **options):
-    """The tensor of one image saved to a folder of its own, at its own size unless told otherwise."""
-    (tmp_path / "one").mkdir(parents=True, exist_ok=True)
-    image.save(tmp_path / "one" / name, **options.pop("save", {}))
-    size = resolution or (image.height, image.width)
-    return load_images(train_data_dir=tmp_path / "one", resolution=size, **options)[0]["image"]
-
-
-def manifests(tmp_path):
-    return sorted((tmp_path / "xdg" / "diffusers_hdit").glob("*"))
-
-
-def spoil(path):
-    """Makes a file unreadable without changing its size or time."""
-    stat = path.stat()
-    path.write_bytes(b"\0" * stat.st_size)
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 # --- Folders
@@ -162,7 +135,7 @@ def test_faces():
     [(1024, 512, 124, 64), (60, 20, 3, 20), (60, 20, 2, 20), (20, 60, 3, 20), (30, 20, 6, 10), (7, 7, 1, 7)],
 )
 def test_cell_size(width, height, count, cell):
-    assert data._cell_size(width, height, count, "sheet") == cell
+    assert cell_size(width, height, count, "sheet") == cell
 
 
 def test_cell_size_is_the_only_one():
@@ -177,10 +150,10 @@ def test_cell_size_is_the_only_one():
         ]
         assert len(fits) <= 1
         if fits:
-            assert data._cell_size(width, height, count, "sheet") == fits[0]
+            assert cell_size(width, height, count, "sheet") == fits[0]
         else:
             with pytest.raises(ValueError, match="does not divide into rows of square cells"):
-                data._cell_size(width, height, count, "sheet")
+                cell_size(width, height, count, "sheet")
 
 
 def test_bad_sheets(tmp_path):
@@ -196,15 +169,6 @@ def test_bad_sheets(tmp_path):
 
 
 # --- Hugging Face datasets
-
-
-def saved_rows(tmp_path, columns, features=None, count=3, name="saved"):
-    datasets = pytest.importorskip("datasets")
-    kinds = datasets.Features({"image": datasets.Image(), **(features or {})}) if features is not None else None
-    rows = {"image": [picture(i) for i in range(count)], **columns}
-    path = tmp_path / name
-    datasets.Dataset.from_dict(rows, features=kinds).save_to_disk(path)
-    return path
 
 
 def test_class_labels_keep_their_names(tmp_path):
@@ -300,161 +264,207 @@ def test_rows_without_an_image(tmp_path):
         load_images(dataset_name=path, resolution=12)
 
 
-# --- Pixels
+# --- Conditions, and what metadata files say
 
 
-def test_transparency_goes_on_white(tmp_path):
-    pixels = np.zeros((1, 3, 4), np.uint8)
-    pixels[0] = [[255, 0, 0, 255], [255, 0, 0, 0], [0, 0, 0, 128]]
-    image = Image.fromarray(pixels)
-    assert load_one(tmp_path, image)[:, 0].T.tolist() == [[255, 0, 0], [255, 255, 255], [127, 127, 127]]
-    assert load_one(tmp_path, image, in_channels=1)[:, 0].tolist() == [[76, 255, 127]]
-    assert np.array_equal(load_one(tmp_path, image, in_channels=4).permute(1, 2, 0).numpy(), pixels)
-    grey = Image.fromarray(np.array([[[9, 255], [9, 0]]], np.uint8), "LA")
-    assert load_one(tmp_path, grey)[0].tolist() == [[9, 255]]
+ROWS = {"a.png": (10.0, "rose", [1, 5]), "b/c.png": (20, "aster", [2, 7]), "b/d.png": (60, "rose", [3, 3.5])}
 
 
-def test_palettes(tmp_path):
-    image = Image.new("P", (3, 1))
-    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
-    image.putdata([0, 1, 2])
-    assert load_one(tmp_path, image)[0, 0].tolist() == [10, 40, 70]
-    assert load_one(tmp_path, image, save={"transparency": 1})[0, 0].tolist() == [10, 255, 70]
-    translucent = load_one(tmp_path, image, save={"transparency": bytes([255, 0, 255])}, in_channels=4)
-    assert translucent[3, 0].tolist() == [255, 0, 255]
+def write_metadata(folder, kind="csv", rows=None, inner=False):
+    """One file for all, or one in each folder."""
+    rows = ROWS if rows is None else rows
+    for part in ("", "b/") if inner else ("",):
+        lines = ["file_name,temperature,flower,place"] if kind == "csv" else []
+        for name, (temperature, flower, place) in rows.items():
+            if inner and (name.startswith("b/") != (part == "b/")):
+                continue
+            name = name.removeprefix(part)
+            if kind == "csv":
+                lines.append(f'{name},{temperature},{flower},"{place}"')
+            else:
+                entry = {"file_name": name, "temperature": temperature, "flower": flower, "place": place}
+                lines.append(json.dumps(entry) + "\n")
+        (folder / part / f"metadata.{kind}").write_text("\n".join(lines))
 
 
-def test_modes_of_colour(tmp_path):
-    assert load_one(tmp_path, Image.new("L", (2, 2), 77)).unique().tolist() == [77]
-    assert load_one(tmp_path, Image.new("L", (2, 2), 77), in_channels=1).shape == (1, 2, 2)
-    assert load_one(tmp_path, Image.new("1", (2, 2), 1), in_channels=1).unique().tolist() == [255]
-    assert load_one(tmp_path, Image.new("RGB", (2, 2)), in_channels=4)[:, 0, 0].tolist() == [0, 0, 0, 255]
-    for channels in (2, 5, 0):
-        with pytest.raises(ValueError, match=f"in_channels={channels}: .*1 .grey., 3 .RGB. or 4 .RGBA."):
-            load_one(tmp_path, Image.new("L", (2, 2)), in_channels=channels)
-
-
-def test_cmyk(tmp_path):
-    for name, tolerance in (("c.tif", 0), ("c.jpg", 3)):
-        found = load_one(tmp_path / name[-1], Image.new("CMYK", (8, 8), (255, 0, 0, 0)), name)
-        assert (found[:, 0, 0].int() - torch.tensor([0, 255, 255])).abs().max() <= tolerance
-
-
-@pytest.mark.parametrize("name", ["grey.png", "grey.tif"])
-def test_16_bits_are_scaled(tmp_path, name):
-    values = np.array([[0, 128, 129, 257, 300, 25700, 65535]], np.uint16)
-    image = Image.fromarray(values)
-    assert image.mode == "I;16"
-    assert load_one(tmp_path, image, name, in_channels=1)[0].tolist() == [[0, 0, 1, 1, 1, 100, 255]]
-    assert load_one(tmp_path, image, name).shape == (3, 1, 7)
-
-
-def test_numbers_without_a_range_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="floating-point pixels have no known range"):
-        load_one(tmp_path, Image.new("F", (4, 4), 0.5), "f.tif")
-    with pytest.raises(ValueError, match="1 of 1 images .*not within 16 bits"):
-        load_one(tmp_path, Image.new("I", (4, 4), 70000), "f.tif")
-
-
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.webp"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(tmp_path, name, orientation):
-    upright = np.zeros((16, 32, 3), np.uint8)
-    upright[:8, :16], upright[:8, 16:], upright[8:, :16] = 255, (255, 0, 0), (0, 0, 255)
-    # What the camera stores, from the meaning of the tag: where row 0 and column 0 of the file belong.
-    stored = {
-        1: upright,
-        2: upright[:, ::-1],
-        3: upright[::-1, ::-1],
-        4: upright[::-1],
-        5: upright.transpose(1, 0, 2),
-        6: upright.transpose(1, 0, 2)[::-1],
-        7: upright.transpose(1, 0, 2)[::-1, ::-1],
-        8: upright.transpose(1, 0, 2)[:, ::-1],
-    }[orientation]
-    exif = Image.Exif()
-    exif[274] = orientation
-    found = load_one(
-        tmp_path, Image.fromarray(np.ascontiguousarray(stored)), name, resolution=(16, 32), save={"exif": exif}
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("inner", [False, True])
+def test_metadata_of_a_folder(tmp_path, kind, inner):
+    folder = folder_of(tmp_path, *ROWS)
+    write_metadata(folder, kind, inner=inner)
+    dataset = load_images(
+        train_data_dir=folder, resolution=12, label_column="flower", condition_columns=["place", "temperature"]
     )
-    assert np.abs(found[:, 4::8, 4::8].permute(1, 2, 0).numpy().astype(int) - upright[4::8, 4::8]).max() < 24
+    assert dataset.id2label == {0: "aster", 1: "rose"} and [dataset[i]["label"] for i in range(3)] == [1, 0, 1]
+    columns = dataset.condition_columns
+    assert columns["names"] == ["place[0]", "place[1]", "temperature"]
+    values = np.array([[1, 5, 10], [2, 7, 20], [3, 3.5, 60]])
+    assert np.allclose(columns["mean"], values.mean(0)) and np.allclose(columns["std"], values.std(0))
+    batch = next(iter(make_loader(dataset, batch_size=3, seed=0)))
+    assert batch["mapping_cond"].shape == (3, 3) and batch["mapping_cond"].dtype == torch.float32
+    expected = (values - values.mean(0)) / values.std(0)
+    assert np.allclose(batch["mapping_cond"], expected[batch["index"]], atol=1e-6)
+    assert "mapping_cond" not in load_images(train_data_dir=folder, resolution=12)[0]
 
 
-def test_broken_exif_does_not_cost_the_image(tmp_path):
-    found = load_one(tmp_path, picture(), save={"exif": b"Exif\0\0nonsense"})
-    assert np.array_equal(found.permute(1, 2, 0).numpy(), np.asarray(picture()))
+def test_the_pipeline_takes_the_conditions_by_name(tmp_path, make_model):
+    from diffusers import EDMDPMSolverMultistepScheduler
+
+    from diffusers_hdit import HDiTPipeline
+
+    folder = folder_of(tmp_path, *ROWS)
+    write_metadata(folder)
+    dataset = load_images(train_data_dir=folder, resolution=12, condition_columns=["temperature", "place"])
+    pipeline = HDiTPipeline(
+        make_model(mapping_cond_dim=3), EDMDPMSolverMultistepScheduler(), condition_columns=dataset.condition_columns
+    )
+    encoded = pipeline.encode_mapping_cond({"temperature": [10.0, 60], "place[0]": [1.0, 3], "place[1]": [5.0, 3.5]})
+    assert torch.allclose(encoded, torch.stack([dataset[0]["mapping_cond"], dataset[2]["mapping_cond"]]), atol=1e-6)
 
 
-def test_first_frame_of_an_animation(tmp_path):
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    found = load_one(tmp_path, frames[0], "a.gif", save={"save_all": True, "append_images": frames[1:]})
-    assert found[:, 0, 0].tolist() == [255, 0, 0]
+def test_given_statistics(tmp_path):
+    folder = folder_of(tmp_path, *ROWS)
+    write_metadata(folder)
+    options = {"train_data_dir": folder, "resolution": 12, "condition_columns": ["temperature"]}
+    given = {"mean": [20], "std": [10]}
+    dataset = load_images(**options, condition_statistics=given)
+    assert [dataset[i]["mapping_cond"].item() for i in range(3)] == [-1, 0, 4]
+    again = load_images(**options, condition_statistics=dataset.condition_columns)
+    assert again.condition_columns == {"names": ["temperature"], "mean": [20.0], "std": [10.0]}
+    for wrong in (
+        {"mean": [1, 2], "std": [1, 2]},
+        {"mean": [1], "std": [0]},
+        {"mean": [1]},
+        {**given, "names": ["x"]},
+    ):
+        with pytest.raises(ValueError, match="condition_statistics"):
+            load_images(**options, condition_statistics=wrong)
+    with pytest.raises(ValueError, match="condition_statistics need condition_columns"):
+        load_images(train_data_dir=folder, resolution=12, condition_statistics=given)
+    with pytest.raises(ValueError, match="list of different names; got 'temperature'"):
+        load_images(train_data_dir=folder, resolution=12, condition_columns="temperature")
 
 
-# --- Size and crop
+@pytest.mark.parametrize(
+    "column, rows, message",
+    [
+        ("temperature", {"b/c.png": ("nan", "x", [1, 2])}, r"'temperature': 1 of 3 rows have no finite .*'b/c.png' \('nan'\)"),
+        ("temperature", {"b/c.png": ("", "x", [1, 2])}, r"'temperature': 1 of 3 images .* no such entry .*'b/c.png'; its"),
+        ("flower", {}, r"'flower': 3 of 3 rows have no finite number .*'a.png' \('rose'\)"),
+        ("temperature", {name: (5, "x", [1, 2]) for name in ROWS}, "'temperature' is 5 in all 3 images: leave it out"),
+        ("place", {"a.png": (1, "x", [1])}, r"'place' has vectors of 1 to 2 numbers \(the shortest: 'a.png'\)"),
+        ("place", {"a.png": (1, "x", [1, None])}, r"'place': 1 of 3 rows .*'a.png' \("),
+        ("pressure", {}, r"'pressure': 3 of 3 images .*; its columns: \['flower', 'place', 'temperature'\]"),
+    ],
+)  # fmt: skip
+def test_bad_conditions(tmp_path, column, rows, message):
+    folder = folder_of(tmp_path, *ROWS)
+    write_metadata(folder, rows={**ROWS, **rows})
+    with pytest.raises(ValueError, match=message):
+        load_images(train_data_dir=folder, resolution=12, condition_columns=[column])
 
 
-def test_height_comes_first(tmp_path):
-    image = picture(size=(48, 24))
-    half = load_one(tmp_path, image, resolution=(12, 24))
-    assert half.shape == (3, 12, 24)
-    expected = np.asarray(image.resize((24, 12), Image.Resampling.LANCZOS))
-    assert np.array_equal(half.permute(1, 2, 0).numpy(), expected)
+@pytest.mark.parametrize(
+    "options",
+    [{"condition_columns": ["flower"]}, {"buckets": Buckets(64, 64)}, {"cache_images": "x"}, {"label_column": "x"}],
+)
+def test_what_can_be_refused_without_decoding_is(tmp_path, options):
+    folder = folder_of(tmp_path, *ROWS)
+    write_metadata(folder)
+    with pytest.raises(ValueError):
+        load_images(train_data_dir=folder, resolution=12, **options)
+    assert not manifests(tmp_path)
 
 
-def test_places_of_a_crop(tmp_path):
-    image = picture(size=(48, 24))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    dataset = load_images(train_data_dir=folder_of(tmp_path, "a.png", size=(48, 24)), resolution=24)
-    for x, left in ((0, 0), (0.5, 12), (1, 24), (0.999, 24)):
-        assert torch.equal(dataset[0, (0.3, x)]["image"], pixels[:, :, left : left + 24])
-    torch.manual_seed(0)
-    drawn = torch.stack([dataset[0]["image"] for _ in range(60)])
-    torch.manual_seed(0)
-    assert torch.equal(drawn, torch.stack([dataset[0]["image"] for _ in range(60)]))
-    windows = [pixels[:, :, left : left + 24] for left in range(25)]
-    places = {next(left for left, w in enumerate(windows) if torch.equal(w, image)) for image in drawn}
-    assert len(places) > 12 and places <= set(range(25))
-
-    centred = load_images(train_data_dir=tmp_path / "images", resolution=24, center_crop=True)
-    before = torch.get_rng_state()
-    for found in (centred[0], centred[0, (0, 0)]):
-        assert torch.equal(found["image"], pixels[:, :, 12:36])
-    square = load_images(train_data_dir=tmp_path / "images", resolution=(12, 24))
-    assert square[0]["image"].shape == (3, 12, 24)
-    assert torch.equal(torch.get_rng_state(), before), "no place to choose, no number drawn"
-
-
-def test_scaled_crop_is_resize_then_crop(tmp_path):
-    image = picture(size=(40, 90))
-    found = load_one(tmp_path, image, resolution=20, center_crop=True)
-    expected = np.asarray(image.resize((20, 45), Image.Resampling.LANCZOS))[13:33]  # (45 - 20 + 1) // 2
-    assert np.abs(found.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
+def test_bad_metadata(tmp_path):
+    folder = folder_of(tmp_path, *ROWS)
+    options = {"train_data_dir": folder, "resolution": 12}
+    with pytest.raises(ValueError, match=r"come from a metadata.csv or metadata.jsonl .*; .* has none"):
+        load_images(**options, condition_columns=["t"])
+    write_metadata(folder, rows={**ROWS, "gone.png": (1, "x", [1, 2])})
+    with pytest.raises(ValueError, match="names 1 images that are not there: 'gone.png'"):
+        load_images(**options, label_column="flower")
+    write_metadata(folder, rows={"a.png": ROWS["a.png"]})
+    with pytest.raises(ValueError, match=r"label_column='flower': 2 of 3 images .* such as 'b/c.png', 'b/d.png'"):
+        load_images(**options, label_column="flower")
+    with pytest.raises(ValueError, match="label_column='flowr': 3 of 3 images"):
+        load_images(**options, label_column="flowr")
+    write_metadata(folder)
+    write_metadata(folder, "jsonl")
+    with pytest.raises(ValueError, match="'a.png' stands in two rows"):
+        load_images(**options, label_column="flower")
+    (folder / "metadata.jsonl").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="line 1 must be a JSON object"):
+        load_images(**options, label_column="flower")
+    (folder / "metadata.jsonl").write_text("nonsense")
+    with pytest.raises(ValueError, match="line 1 is no JSON"):
+        load_images(**options, label_column="flower")
 
 
-def test_any_size_makes_the_resolution(tmp_path):
-    """Rounding never puts the box outside the image, and a very long image takes no more memory than another."""
-    dataset = ImageDataset(data._Folder(folder_of(tmp_path, "a.png"), None), (7, 13))
-    for w, h in itertools.product((1, 2, 3, 7, 13, 29, 97), repeat=2):
-        for crop in ((0, 0), (1, 1), (0.7, 0.2)):
-            assert dataset.transform(Image.new("RGB", (w, h), "red"), crop)[0].unique().tolist() == [255]
-    assert dataset.transform(Image.new("L", (1, 60000), 9)).unique().tolist() == [9]
+def test_metadata_and_folders_of_classes(tmp_path):
+    """`label` still means the sub-folders, as in Hugging Face's ImageFolder, unless the metadata has such a column."""
+    folder = folder_of(tmp_path, "x/1.png", "y/2.png")
+    (folder / "metadata.csv").write_text("file_name,t\nx/1.png,1\n./y/2.png,2\n")
+    dataset = load_images(train_data_dir=folder, resolution=12, label_column="label", condition_columns=["t"])
+    assert dataset.id2label == {0: "x", 1: "y"} and dataset.condition_columns["mean"] == [1.5]
+    (folder / "metadata.csv").write_text("file_name,label\nx/1.png,10\ny/2.png,9\n")
+    dataset = load_images(train_data_dir=folder, resolution=12, label_column="label")
+    assert [dataset[i]["label"] for i in range(2)] == [10, 9] and len(dataset.id2label) == 11
 
 
-def test_small_images_are_counted(tmp_path):
-    folder = folder_of(tmp_path, "a.png", "b.png")
-    picture(size=(16, 12)).save(folder / "c.png")
-    for _ in range(2):  # the second time from the manifest
-        with pytest.warns(UserWarning, match="2 of 3 images are smaller than 12x16 and will be enlarged"):
-            load_images(train_data_dir=folder, resolution=(12, 16))
+def test_conditions_of_a_dataset(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    columns = {
+        "t": [1.0, 2, 6],
+        "n": [3, 0, 0],
+        "v": [[1.0, 0], [0, 1], [0, 0]],
+        "s": ["a", "b", "c"],
+        "gap": [1, None, 2],
+    }
+    features = {
+        "t": datasets.Value("float64"), "n": datasets.Value("int8"), "v": datasets.Sequence(datasets.Value("float32"), 2),
+        "s": datasets.Value("string"), "gap": datasets.Value("float32"),
+    }  # fmt: skip
+    path = saved_rows(tmp_path, columns, features)
+    dataset = load_images(dataset_name=path, resolution=12, condition_columns=["t", "n", "v"])
+    assert dataset.condition_columns["names"] == ["t", "n", "v[0]", "v[1]"]
+    assert dataset.condition_columns["mean"] == pytest.approx([3, 1, 1 / 3, 1 / 3])
+    normal = torch.stack([dataset[i]["mapping_cond"] for i in range(3)])
+    assert normal.mean(0).abs().max() < 1e-6 and (normal.std(0, correction=0) - 1).abs().max() < 1e-6
+    with pytest.raises(ValueError, match=r"'gap': 1 of 3 rows .*: 'row 1' \(None\)"):
+        load_images(dataset_name=path, resolution=12, condition_columns=["gap"])
+    with pytest.raises(ValueError, match="condition_columns='x' is not in"):
+        load_images(dataset_name=path, resolution=12, condition_columns=["x"])
 
 
-def test_to_float():
-    scaled = to_float(torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16))
-    assert scaled.dtype == torch.float32 and scaled.shape == (1, 1, 16, 16)
-    assert scaled.min() == -1 and scaled.max() == 1 and scaled.flatten().diff().min() > 0
-    with pytest.raises(TypeError, match="float32"):
-        to_float(scaled)
+def test_statistics_are_of_the_images_that_can_be_read(tmp_path):
+    names = [f"{i:03}.png" for i in range(100)]
+    folder = folder_of(tmp_path, *names)
+    lines = [f"{name},{1e6 if i == 50 else i % 2}" for i, name in enumerate(names)]
+    (folder / "metadata.csv").write_text("file_name,t\n" + "\n".join(lines))
+    (folder / "050.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match="1 of 100"):
+        dataset = load_images(train_data_dir=folder, resolution=12, condition_columns=["t"])
+    assert dataset.condition_columns["mean"] == [pytest.approx(50 / 99)]
+    assert dataset[98]["mapping_cond"] > 0 and len(dataset) == 99
+
+
+# --- Arrays in Hugging Face datasets
+
+
+def test_arrays_in_rows(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    arrays = np.random.default_rng(0).integers(0, 60000, (3, 5, 8, 9)).astype(np.uint16)
+    kinds = datasets.Features({"image": datasets.Array3D((5, 8, 9), "uint16")})
+    datasets.Dataset.from_dict({"image": arrays}, features=kinds).save_to_disk(tmp_path / "saved")
+    dataset = load_images(dataset_name=tmp_path / "saved", resolution=(8, 9), in_channels=5)
+    assert dataset.dtype == "uint16"
+    assert all(np.array_equal(dataset[i]["image"].numpy(), arrays[i]) for i in range(3))
+    buffer = io.BytesIO()
+    np.save(buffer, arrays[0])
+    datasets.Dataset.from_dict({"image": [buffer.getvalue()]}).save_to_disk(tmp_path / "bytes")
+    dataset = load_images(dataset_name=tmp_path / "bytes", resolution=(8, 9), in_channels=5)
+    assert np.array_equal(dataset[0]["image"].numpy(), arrays[0])
 
 
 # --- The reading check
@@ -564,22 +574,226 @@ def test_cache_that_cannot_be_written(tmp_path):
         assert len(load_images(train_data_dir=folder, cache_dir=tmp_path / "file" / "cache", resolution=12)) == 1
 
 
-# --- DataLoader
+# --- What a run must keep
+
+
+def test_identity(tmp_path):
+    folder = folder_of(tmp_path, *[f"{'xy'[i % 2]}/{i:03}.png" for i in range(120)])
+    options = {"train_data_dir": folder, "resolution": 12}
+    first = load_images(**options).identity
+    assert load_images(**{**options, "resolution": 8}, cache_images=False).identity == first
+    assert load_images(**options, label_column="label").identity != first
+    moved = folder.rename(tmp_path / "moved")
+    assert load_images(**{**options, "train_data_dir": moved}).identity == first, "wherever it lies"
+    for change in (
+        lambda: spoil(moved / "y" / "007.png"),
+        lambda: (moved / "y" / "007.png").unlink(),
+        lambda: picture(7, (13, 12)).save(moved / "y" / "007.png"),
+    ):
+        change()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = load_images(**{**options, "train_data_dir": moved}, cache_dir=tmp_path / "another").identity
+        assert found != first
+    (moved / "y" / "007.png").unlink()
+    picture(7).save(moved / "y" / "007.png")
+    assert load_images(**{**options, "train_data_dir": moved}).identity == first
+
+
+def test_identity_of_labels_and_conditions(tmp_path):
+    folder, found = folder_of(tmp_path, "1.png", "2.png", "3.png"), set()
+    for values in ([0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 0, 2]):
+        lines = [f"{i + 1}.png,{value}" for i, value in enumerate(values)]
+        (folder / "metadata.csv").write_text("file_name,v\n" + "\n".join(lines))
+        for options in ({"label_column": "v"}, {"condition_columns": ["v"]}):
+            found.add(load_images(train_data_dir=folder, resolution=12, **options).identity)
+    assert len(found) == 8
+
+
+def test_identity_of_datasets(tmp_path):
+    paths = [
+        saved_rows(tmp_path, {"n": [1, 2, 3]}),
+        saved_rows(tmp_path, {"n": [1, 2, 3]}, name="copy"),
+        saved_rows(tmp_path, {"n": [1, 2, 3, 4]}, count=4, name="more"),
+        saved_rows(tmp_path, {"n": [1, 2, 3], "image": [picture(i, (13, 12)) for i in range(3)]}, name="other"),
+    ]
+    found = [load_images(dataset_name=path, resolution=12).identity for path in paths]
+    assert found[0] == found[1] and len(set(found)) == 3
+    assert load_images(dataset_name=paths[0], label_column="n", resolution=12).identity != found[0]
+
+
+# --- The loader
+
+
+SPLITS = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (4, 1, 2)]
+
+
+def global_batches(dataset, steps, split=(8, 1, 1), **options):
+    """{number: (index, image, label)} of the first steps, over all processes."""
+    batch_size, world_size, micro_steps = split
+    found = {}
+    for rank in range(world_size):
+        loader = make_loader(
+            dataset,
+            batch_size=batch_size,
+            seed=5,
+            rank=rank,
+            world_size=world_size,
+            micro_steps=micro_steps,
+            **options,
+        )
+        for batch in itertools.islice(loader, steps * micro_steps):
+            assert all(batch[key].dtype == torch.int64 for key in ("label", "number", "index"))
+            assert batch["image"].is_contiguous() and len(batch["image"]) == batch_size
+            rows = zip(batch["number"], batch["index"], batch["image"], batch["label"], strict=True)
+            found.update({int(number): (int(index), image, int(label)) for number, index, image, label in rows})
+    return found
+
+
+def equal(one, other):
+    assert one.keys() == other.keys()
+    for number in one:
+        (index, image, label), (index_2, image_2, label_2) = one[number], other[number]
+        assert (index, label) == (index_2, label_2) and torch.equal(image, image_2)
+
+
+def mixed_folder(tmp_path):
+    """22 pictures of many shapes in two classes."""
+    shapes = [(40, 20), (20, 40), (30, 30), (33, 24), (70, 30)]
+    for i in range(22):
+        path = tmp_path / "mixed" / "xy"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(i, shapes[i % 5]).save(path)
+    return tmp_path / "mixed"
+
+
+def open_mixed(tmp_path, **options):
+    options = {"train_data_dir": tmp_path / "mixed", "label_column": "label", "resolution": 16, **options}
+    return load_images(**options)
+
+
+@pytest.mark.parametrize("buckets", [None, Buckets(4, 8)])
+def test_a_global_batch_does_not_depend_on_how_it_is_divided(tmp_path, buckets):
+    mixed_folder(tmp_path)
+    dataset = open_mixed(tmp_path, buckets=buckets)
+    whole = global_batches(dataset, 6)
+    assert sorted(whole) == list(range(48))
+    for split in SPLITS[1:]:
+        equal(global_batches(dataset, 6, split), whole)
+    resumed = global_batches(dataset, 3, (2, 2, 2), start=24)  # the second epoch begins at 22
+    equal(resumed, {number: row for number, row in whole.items() if number >= 24})
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers(tmp_path, method):
+def test_workers_change_nothing(tmp_path, method):
     if method not in torch.multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} here")
-    folder = folder_of(tmp_path, *[f"{'ab'[i % 2]}/{i}.png" for i in range(8)], size=(20, 12))
-    dataset = load_images(train_data_dir=folder, label_column="label", resolution=12)
-    order = ShuffledBatches(8, 3, seed=1, crops=True)
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=order, num_workers=2, multiprocessing_context=method)
-    for batch, expected in zip(itertools.islice(loader, 4), order, strict=False):
-        assert batch["image"].shape == (3, 3, 12, 12) and batch["image"].dtype == torch.uint8
-        assert batch["label"].dtype == torch.int64
-        for image, label, index in zip(batch["image"], batch["label"], expected, strict=True):
-            assert torch.equal(image, dataset[index]["image"]) and label == dataset[index]["label"]
+    mixed_folder(tmp_path)
+    dataset = open_mixed(tmp_path, buckets=Buckets(4, 8), cache_images=method == "fork")
+    if method == "spawn":
+        loader = make_loader(dataset, batch_size=8, seed=5, num_workers=2)
+        loader.multiprocessing_context = method
+        found = {
+            int(n): image
+            for batch in itertools.islice(loader, 4)
+            for n, image in zip(batch["number"], batch["image"], strict=True)
+        }
+        for number, (_, image, _) in global_batches(dataset, 4).items():
+            assert torch.equal(found[number], image)
+    else:
+        equal(global_batches(dataset, 8, (4, 2, 1), num_workers=2), global_batches(dataset, 8))
+
+
+def test_buckets(tmp_path):
+    """All images of a step have one size, which suits their shape."""
+    mixed_folder(tmp_path)
+    dataset = open_mixed(tmp_path, buckets=Buckets(4, 8))
+    assert set(dataset.sizes) <= set(Buckets(4, 8).sizes((16, 16))) and len(dataset.sizes) == 3
+    seen = set()
+    for batch in itertools.islice(make_loader(dataset, batch_size=4, seed=0), 12):
+        shape = tuple(batch["image"].shape[2:])
+        seen.add(shape)
+        for index in batch["index"].tolist():
+            assert dataset.size_of(index) == shape
+            height, width = dataset.image_sizes[index]
+            best = min(dataset.sizes, key=lambda size: abs(np.log(size[0] / size[1] / (height / width))))
+            assert best == shape
+    assert seen == set(dataset.sizes)
+    options = {"train_data_dir": tmp_path / "mixed", "resolution": 16}
+    few = load_images(**options, buckets=Buckets(4, 8, min_images=8))
+    assert min(np.bincount(few.buckets)) >= 8
+    with pytest.raises(ValueError, match="buckets: no size"):
+        load_images(**options, buckets=Buckets(64, 64))
+    with pytest.raises(ValueError, match="buckets need the sizes of all images"):
+        load_images(dataset_name="x", streaming=True, resolution=16, buckets=Buckets(4))
+
+
+@pytest.mark.parametrize("options", [{}, {"center_crop": True}, {"buckets": Buckets(4, 8)}, {"in_channels": 1}])
+def test_the_cache_changes_nothing(tmp_path, options):
+    mixed_folder(tmp_path)
+    without, cached = (open_mixed(tmp_path, cache_images=on, **options) for on in (False, True))
+    assert without.cache is None and cached.cache.nbytes > 0
+    expected = global_batches(without, 12)
+    for _ in range(2):
+        equal(global_batches(cached, 12), expected)
+    assert cached.cache.filled.any()
+
+
+def test_cached_images_are_not_read_again(tmp_path):
+    folder = mixed_folder(tmp_path)
+    dataset = open_mixed(tmp_path)
+    assert dataset.cache is not None, "so few fit in memory"
+    expected = global_batches(dataset, 6, num_workers=2)
+    assert all(dataset.cache.holds(i) for i in range(22)) and dataset.cache.filled.all()
+    for path in folder.glob("*/*.png"):
+        spoil(path)
+    found = global_batches(dataset, 6)
+    equal(found, expected)
+    for index in range(22):
+        dataset[index]["image"].zero_()  # what is handed out is no part of the cache
+    equal(global_batches(dataset, 6), expected)
+
+
+def test_very_long_images_are_not_cached(tmp_path):
+    folder = folder_of(tmp_path, "a.png", size=(100, 12))
+    dataset = load_images(train_data_dir=folder, resolution=12, cache_images=True)
+    assert not dataset.cache.holds(0)
+    centred = load_images(train_data_dir=folder, resolution=12, cache_images=True, center_crop=True)
+    assert centred.cache.holds(0)
+    assert torch.equal(dataset[0, (0.5, 0.5)]["image"], centred[0]["image"])
+
+
+def test_a_cache_that_does_not_fit(tmp_path, monkeypatch):
+    folder = folder_of(tmp_path, "a.png", "b.png")
+    options = {"train_data_dir": folder, "resolution": 12}
+    need = 2 * 3 * 12 * 12
+    monkeypatch.setattr(image_cache, "available_memory", lambda: need * 4)
+    assert load_images(**options).cache is not None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert load_images(**options).cache is None
+    assert load_images(**options, cache_images=True).cache.nbytes == need
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="cache_images: the decoded images take .* GiB, but 80%"):
+        load_images(**options, cache_images=True)
+    with pytest.raises(ValueError, match="cache_images must be True, False or 'auto'"):
+        load_images(**options, cache_images="yes")
+
+
+def test_memory_that_is_free():
+    assert 0 < image_cache.available_memory() < 2**50
+
+
+def test_a_file_that_changes_during_the_run(tmp_path):
+    folder = folder_of(tmp_path, "a.png")
+    dataset = load_images(train_data_dir=folder, resolution=12)
+    picture(size=(30, 12)).save(folder / "a.png")
+    with pytest.raises(OSError, match="'a.png' .* can no longer be read: it has 12x30 pixels now, and had 12x12"):
+        dataset[0]
+
+
+def test_an_item_names_itself(tmp_path):
+    dataset = load_images(train_data_dir=folder_of(tmp_path, "a.png", "b.png"), resolution=12)
+    assert {**dataset[Item(-1, number=7)], "image": None} == {"image": None, "number": 7, "index": 1}
 
 
 def test_sources_can_be_pickled(tmp_path):
@@ -590,79 +804,3 @@ def test_sources_can_be_pickled(tmp_path):
     ):
         copy = pickle.loads(pickle.dumps(dataset))
         assert torch.equal(copy[1]["image"], dataset[1]["image"]) and copy.id2label == dataset.id2label
-
-
-# --- The order
-
-
-def numbers(count, **options):
-    """The first `count` batches of one process."""
-    return list(itertools.islice(ShuffledBatches(**options), count))
-
-
-def global_order(steps, world_size, batch_size, **options):
-    ranks = [
-        numbers(steps, rank=r, world_size=world_size, batch_size=batch_size, **options) for r in range(world_size)
-    ]
-    return [index for step in zip(*ranks, strict=True) for batch in step for index in batch]
-
-
-def test_every_image_once_an_epoch():
-    order = global_order(21, 1, 5, num_images=21, seed=3)  # 105 images: 5 epochs, batches straddling them
-    epochs = [order[i : i + 21] for i in range(0, 105, 21)]
-    assert all(sorted(epoch) == list(range(21)) for epoch in epochs)
-    assert len(set(map(tuple, epochs))) == 5
-    assert all(isinstance(index, int) for index in order)
-
-
-def test_order_does_not_depend_on_the_number_of_processes():
-    options = {"num_images": 21, "seed": 3}
-    one = global_order(30, 1, 8, **options)
-    assert one == global_order(30, 2, 4, **options) == global_order(30, 4, 2, **options)
-
-
-@pytest.mark.parametrize("seen", [0, 8, 16, 24, 21, 5, 8 * 1000])
-def test_resumed_order_continues(seen):
-    options = {"num_images": 21, "seed": 3}
-    whole = global_order(seen // 8 + 10, 1, 8, **options)
-    assert global_order(9, 1, 8, start=seen, **options) == whole[seen : seen + 72]
-    assert global_order(9, 2, 4, start=seen, **options) == whole[seen : seen + 72]
-
-
-def test_crops_belong_to_the_image_number():
-    options = {"num_images": 40, "seed": 3, "crops": True}
-    whole = global_order(50, 1, 8, **options)
-    assert whole[80:120] == global_order(5, 2, 4, start=80, **options)
-    assert [index for index, _ in whole] == global_order(50, 1, 8, num_images=40, seed=3)
-    places = torch.tensor([crop for _, crop in whole])
-    assert places.min() >= 0 and places.max() < 1
-    # 400 uniform numbers: mean 1/2 with a deviation of 0.0144, of which 4 are allowed; none drawn twice.
-    assert (places.mean(0) - 0.5).abs().max() < 0.058 and len(places.unique()) == 800
-
-
-def test_iterating_again_starts_again():
-    order = ShuffledBatches(10, 4, seed=0)
-    assert list(itertools.islice(order, 6)) == list(itertools.islice(order, 6))
-
-
-def test_seeds_and_epochs_are_mixed():
-    first = {
-        tuple(numbers(1, num_images=50, batch_size=50, seed=seed, start=50 * e)[0])
-        for seed in range(20)
-        for e in range(20)
-    }
-    assert len(first) == 400, "no (seed, epoch) repeats another, such as (1, 0) and (0, 1)"
-
-
-def test_order_is_frozen():
-    """A checkpoint's place in the order is a number: another order would repeat and leave out images on a resume."""
-    assert numbers(2, num_images=10, batch_size=5, seed=0) == [[2, 8, 7, 3, 5], [0, 4, 6, 9, 1]]
-
-
-def test_bad_orders():
-    with pytest.raises(ValueError, match="fewer images than a batch: 7 images, but 4 in each of 2 processes takes 8"):
-        ShuffledBatches(7, 4, seed=0, world_size=2)
-    assert len(numbers(1, num_images=8, batch_size=4, seed=0, world_size=2)[0]) == 4
-    for wrong in ({"batch_size": 0}, {"rank": 2, "world_size": 2}, {"rank": -1}, {"start": -1}, {"world_size": 0}):
-        with pytest.raises(ValueError, match="must be at least 1"):
-            ShuffledBatches(**{"num_images": 7, "batch_size": 2, "seed": 0, **wrong})
