@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import relative_error
 from diffusers import EDMDPMSolverMultistepScheduler
+from diffusers.schedulers import scheduling_edm_dpmsolver_multistep
 from safetensors.torch import load_file, save_file
 
-from diffusers_hdit import HDiTPipeline, diffusion
+from diffusers_hdit import DPMSolverPP3MSDEScheduler, EDMHeunScheduler, HDiTPipeline, diffusion, scheduling_edm
 from diffusers_hdit.convert_k_diffusion import read_config, read_safetensors
 
 
@@ -24,6 +25,21 @@ SAMPLERS = {
     "dpmpp_2m": {"solver_order": 2, "solver_type": "midpoint"},
     "dpmpp_2m_sde_heun_eta0": {"solver_order": 2, "solver_type": "heun"},
     "dpmpp_3m_sde_eta0": {"solver_order": 3, "solver_type": "heun", "lower_order_final": False},
+}
+
+
+# As Diffusers' and this package's schedulers; the SDE ones take the reference's noises.
+STOCHASTIC = {
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "algorithm_type": "sde-dpmsolver++",
+    "lower_order_final": False,
+}
+OTHER_SAMPLERS = {
+    "heun": (EDMHeunScheduler, {}),
+    "dpmpp_2m_sde": (EDMDPMSolverMultistepScheduler, STOCHASTIC),
+    "dpmpp_3m_sde": (DPMSolverPP3MSDEScheduler, {}),
+    "dpmpp_3m_sde_eta0": (DPMSolverPP3MSDEScheduler, {"eta": 0.0}),
 }
 
 
@@ -92,6 +108,24 @@ def test_samplers_through_the_pipeline(case, sampler):
     ).images
     torch.testing.assert_close(pipeline.scheduler.sigmas, v["sampler.sigmas"], rtol=1e-6, atol=0)
     tolerance = 4e-2 if name == "class_shifted_window" else 5e-4
+    assert relative_error(image, v[f"sampler.{sampler}"]) <= tolerance
+
+
+@pytest.mark.parametrize("sampler", OTHER_SAMPLERS)
+def test_samplers_given_the_same_noises(case, sampler, monkeypatch):
+    name, pipeline, v, conditions = case
+    cls, config = OTHER_SAMPLERS[sampler]
+    pipeline.scheduler = cls.from_config(pipeline.scheduler.config, **config)
+    noises = iter(v["sampler.noises"])
+    for module in (scheduling_edm, scheduling_edm_dpmsolver_multistep):
+        monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: next(noises))
+    image = pipeline(
+        latents=v["sampler.unit_noise"], num_inference_steps=12, output_type="latent", **conditions
+    ).images
+    assert cls is not DPMSolverPP3MSDEScheduler or len(list(noises)) == (1 if config == {} else 12)
+    tolerance = 4e-2 if name == "class_shifted_window" else 5e-4
+    if (name, sampler) == ("class_shifted_window", "heun"):
+        tolerance = 0.1  # the reference's float32 and float64 differ by 0.03, these of ours by 0.06
     assert relative_error(image, v[f"sampler.{sampler}"]) <= tolerance
 
 

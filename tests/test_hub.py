@@ -26,7 +26,18 @@ from packaging.version import Version
 from PIL import Image
 
 import diffusers_hdit
-from diffusers_hdit import HDiTModel, HDiTPipeline, convert_k_diffusion, model_card, remote_code
+from diffusers_hdit import (
+    DPMSolverPP3MSDEScheduler,
+    EDMHeunScheduler,
+    HDiTImg2ImgPipeline,
+    HDiTInpaintPipeline,
+    HDiTModel,
+    HDiTPipeline,
+    HDiTUpscalePipeline,
+    convert_k_diffusion,
+    model_card,
+    remote_code,
+)
 from diffusers_hdit import hub as hub_module
 from diffusers_hdit.hub import BackgroundPush, push_folder
 from diffusers_hdit.model_card import TrainingFacts
@@ -203,6 +214,122 @@ def test_package_to_no_package_and_back(hub, pushed, tmp_path):
     assert {path: hub.repos["user/again"].files[path] for path in FILES - {"README.md"}} == {
         path: hub.repos[NAME].files[path] for path in FILES - {"README.md"}
     }
+
+
+SAMPLER_WITHOUT_PACKAGE = """
+import sys
+class Missing:
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] == "diffusers_hdit":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing)
+import torch
+from diffusers import DiffusionPipeline
+for number, name in enumerate(sys.argv[1:3]):
+    try:
+        DiffusionPipeline.from_pretrained(name)
+    except ValueError as error:
+        assert "trust_remote_code=True" in str(error), error
+    else:
+        raise AssertionError("code of a repository ran without being trusted")
+    pipe = DiffusionPipeline.from_pretrained(name, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    image = pipe("dog", num_inference_steps=4, guidance_scale=2.0, generator=generator, output_type="latent").images
+    torch.save(image, f"{sys.argv[3]}/image{number}.pt")
+    assert type(pipe.scheduler).__module__.endswith(".scheduling_edm"), type(pipe.scheduler)
+    assert type(pipe.scheduler).__name__ == sys.argv[4]
+    assert type(pipe).from_pipe(pipe).transformer is pipe.transformer
+    assert type(pipe).from_pipe(pipe).guidance_model is pipe.guidance_model is not None
+    assert not any(module.startswith("diffusers_hdit") for module in sys.modules)
+    pipe.save_pretrained(f"{sys.argv[3]}/saved{number}")
+"""
+
+
+@pytest.mark.parametrize("cls", [DPMSolverPP3MSDEScheduler, EDMHeunScheduler])
+def test_our_samplers_and_a_guidance_model_from_folder_and_hub(hub, make_pipeline, make_model, tmp_path, cls):
+    """With the package no flag; without it the code is the repository's. And what was saved there, here again."""
+    pipe = make_pipeline()
+    pipe.scheduler = cls.from_config(pipe.scheduler.config)
+    pipe.register_modules(guidance_model=make_model(**{**TINY, "num_classes": 3, "mapping_width": 16}))
+
+    def draw(pipe):
+        arguments = {"num_inference_steps": 4, "guidance_scale": 2.0, "output_type": "latent"}
+        return pipe("dog", generator=torch.Generator().manual_seed(0), **arguments).images
+
+    expected = draw(pipe)
+    pipe.push_to_hub(NAME)
+    new = {"scheduler/scheduling_edm.py"} | {
+        path.replace("transformer", "guidance_model") for path in FILES if path.startswith("transformer")
+    }
+    assert set(hub.repos[NAME].files) == FILES | new
+    pipe.save_pretrained(tmp_path / "folder")
+    run(SAMPLER_WITHOUT_PACKAGE, environment(hub, tmp_path), tmp_path / "folder", NAME, tmp_path, cls.__name__)
+    for number in range(2):
+        assert torch.equal(torch.load(tmp_path / f"image{number}.pt"), expected)
+    for where in (NAME, tmp_path / "folder", tmp_path / "saved0", tmp_path / "saved1"):
+        loaded = HDiTPipeline.from_pretrained(where)
+        loaded.set_progress_bar_config(disable=True)
+        assert type(loaded.scheduler) is cls and type(loaded.guidance_model) is HDiTModel
+        assert torch.equal(draw(loaded), expected)
+    assert cls.from_pretrained(NAME, subfolder="scheduler").config.sigma_max == 80.0
+
+
+# In a process of its own: where the package has not been asked for its samplers yet.
+FRESH = """
+import sys, torch
+from diffusers_hdit import HDiTPipeline
+assert "diffusers_hdit.scheduling_edm" not in sys.modules
+pipe = HDiTPipeline.from_pretrained(sys.argv[1])
+assert type(pipe.scheduler).__module__ == "diffusers_hdit.scheduling_edm"
+"""
+
+
+def test_our_sampler_is_found_where_it_was_not_imported(hub, make_pipeline, tmp_path):
+    pipe = make_pipeline()
+    pipe.scheduler = DPMSolverPP3MSDEScheduler.from_config(pipe.scheduler.config)
+    pipe.push_to_hub(NAME)
+    run(FRESH, environment(hub, tmp_path, **SOURCE), NAME)
+
+
+OTHER_PIPELINES_WITHOUT_PACKAGE = (
+    WITHOUT_PACKAGE.split("import torch")[0]
+    + """
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+pipe.set_progress_bar_config(disable=True)
+image = np.random.default_rng(0).random((16, 16, 3), dtype=np.float32)
+arguments = (image, image[..., :1].round()) if "Inpaint" in type(pipe).__name__ else (image,)
+drawn = pipe(*arguments, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="latent").images
+torch.save(drawn, sys.argv[2])
+"""
+)
+
+
+@pytest.mark.parametrize("cls", [HDiTImg2ImgPipeline, HDiTInpaintPipeline, HDiTUpscalePipeline])
+def test_the_other_pipelines(hub, make_model, make_pipeline, tmp_path, cls):
+    import numpy as np
+
+    channels = 4 if cls is HDiTUpscalePipeline else 0
+    pipe = cls(make_model(**TINY, conditioning_channels=channels), make_pipeline().scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.push_to_hub(NAME)
+    file = f"{cls.__module__.rpartition('.')[2]}.py"
+    assert set(hub.repos[NAME].files) == FILES - {"pipeline_hdit.py"} | {file}
+    run(OTHER_PIPELINES_WITHOUT_PACKAGE, environment(hub, tmp_path), NAME, tmp_path / "image.pt")
+    image = np.random.default_rng(0).random((16, 16, 3), dtype=np.float32)
+    arguments = (image, image[..., :1].round()) if cls is HDiTInpaintPipeline else (image,)
+    loaded = cls.from_pretrained(NAME)
+    loaded.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    drawn = loaded(*arguments, num_inference_steps=2, generator=generator, output_type="latent").images
+    assert torch.equal(torch.load(tmp_path / "image.pt"), drawn)
+    card = hub.repos[NAME].files["README.md"].decode()
+    assert f"pipe = {cls.__name__}.from_pretrained" in card and "image=" in card
+    assert "pipeline_tag: image-to-image" in card
+    assert ("| conditioning image | 4 channels |" in card) == (cls is HDiTUpscalePipeline)
 
 
 def test_code_of_the_repository_beside_the_package(hub, pushed, tmp_path, monkeypatch):
@@ -419,7 +546,7 @@ def test_training_pushes_on_the_way_and_at_the_end(hub, tmp_path):
         "| dataset | fluent-faces |", "| images in it | 124 |", "| steps | 4 |", "| images seen | 32 |",
         "| images a step | 8 |", "| noise density | lognormal |", "| loss weighting | soft-min-snr |",
         "| precision | float32 |", "| hardware | CPU, 1 threads |", "| labels dropped | 0.1 |",
-        f"| training loss | {facts['final_loss']:.4f}, mean of the last 2 steps |",
+        f"| training loss | {facts['final_loss']:.4f}, mean of the last 4 steps |",
     ):  # fmt: skip
         assert row in card, row
     assert "2 images, 50 steps, seed 0, not selected." in card and "datasets" not in header(card)
@@ -736,7 +863,18 @@ def test_no_local_paths_in_what_is_pushed(hub, make_pipeline, tmp_path):
 # The carried code, and what it leans on in Diffusers
 
 
-@pytest.mark.parametrize("cls", [HDiTModel, HDiTPipeline])
+@pytest.mark.parametrize(
+    "cls",
+    [
+        HDiTModel,
+        HDiTPipeline,
+        HDiTImg2ImgPipeline,
+        HDiTInpaintPipeline,
+        HDiTUpscalePipeline,
+        DPMSolverPP3MSDEScheduler,
+        EDMHeunScheduler,
+    ],
+)
 def test_carried_files_are_whole(cls):
     source = remote_code.carried_source(cls)
     tree = ast.parse(source)

@@ -186,6 +186,9 @@ def test_mapping_cond(make_pipeline, calls, tmp_path):
     pipe(mapping_cond={"pressure": 1.0, "temperature": [12.0, 6.0]}, num_inference_steps=1, guidance_scale=1.5)
     assert calls[0]["mapping_cond"].tolist() == [[0, 0], [0, 0], [1, 2], [-2, 2]]
     assert len(pipe(mapping_cond=torch.zeros(3, 2), num_inference_steps=1).images) == 3
+    columns = {"pressure": torch.ones(1, device="meta"), "temperature": 12.0}
+    with pytest.raises(NotImplementedError, match="no data"):
+        pipe.encode_columns(columns)  # it goes to the CPU, where the means are
     with pytest.raises(ValueError, match=r"mapping_cond names \['wind'\].*columns \['temperature', 'pressure'\]"):
         pipe(mapping_cond={"wind": 1.0})
     with pytest.raises(ValueError, match=r"mapping_cond must have shape \(batch, 2\), got \(1, 3\)"):
@@ -258,6 +261,11 @@ def test_progress_bar(make_pipeline, capfd):
         ({"height": 0}, "height 0 must be a multiple of 8"),
         ({"height": 36}, "36×32 images: height 36 must be a multiple of 8"),
         ({"latents": torch.zeros(1, 1, 32, 32)}, r"latents must have shape \(1, 3, 32, 32\), got \(1, 1, 32, 32\)"),
+        ({"latents": torch.zeros(5)}, r"latents must be a tensor \(B, C, H, W\), got torch.Size\(\[5\]\)"),
+        ({"latents": torch.zeros(2, 3, 32, 32), "num_images_per_prompt": 3}, r"latents must have shape \(3, 3, 32, 32\)"),
+        ({"height": "32"}, "height must be an integer, got '32'"),
+        ({"width": 32.0}, "width must be an integer, got 32.0"),
+        ({"generator": (seeded(), seeded())}, "2 generators were given for 1 images"),
         ({"guidance_scale": 2.0}, "guidance_scale=2.0 needs class_labels"),
         ({"guidance_interval": (3.0, 1.0)}, r"guidance_interval must be \(sigma_lo, sigma_hi\)"),
         ({"mapping_cond": torch.zeros(1, 2)}, "mapping_cond_dim=0"),
@@ -286,3 +294,21 @@ def test_a_model_whose_output_is_no_image_of_its_input(make_pipeline):
 def test_labels_for_an_unconditional_model(make_pipeline):
     with pytest.raises(ValueError, match="trained without classes"):
         make_pipeline()(0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(24, 40), (48, None), (None, 24)])
+def test_other_sizes_than_trained(make_pipeline, height, width):
+    """The positions fill [-1, 1] along the longer side of what is drawn, as in the paper."""
+    pipe = make_pipeline()
+    expected = (height or 32, width or 32)
+    seen = []
+    original = pipe.transformer.rotary_tables
+    pipe.transformer.rotary_tables = lambda *args: (seen.append(original(*args)), original(*args))[1]
+    image = pipe(height=height, width=width, num_inference_steps=1, output_type="np").images
+    assert image.shape == (1, *expected, 3)
+    cos, _ = seen[0][0]
+    assert cos.shape[:2] == (expected[0] // 2, expected[1] // 2)
+    # The first frequency of the first head is π: the outermost centres along the longer side are at ±(1 - 1/n).
+    n = max(cos.shape[:2])
+    along = cos[:, 0, 0, 0] if expected[0] >= expected[1] else cos[0, :, 0, cos.shape[-1] // 2]
+    assert along[0].item() == pytest.approx(np.cos(np.pi * (1 - 1 / n)), abs=1e-5)

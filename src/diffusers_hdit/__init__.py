@@ -1,4 +1,4 @@
-"""The Hourglass Diffusion Transformer for Diffusers: `HDiTModel`, `HDiTPipeline`, `presets`, `diffusion`."""
+"""The Hourglass Diffusion Transformer for Diffusers: `HDiTModel`, its pipelines and samplers, `presets`, `diffusion`."""
 
 import importlib
 
@@ -9,8 +9,16 @@ __version__ = "0.1.0"
 _MODULES = {
     "HDiTModel": "modeling_hdit",
     "HDiTPipeline": "pipeline_hdit",
+    "HDiTImg2ImgPipeline": "pipeline_hdit_img2img",
+    "HDiTInpaintPipeline": "pipeline_hdit_inpaint",
+    "HDiTUpscalePipeline": "pipeline_hdit_upscale",
+    "DPMSolverPP3MSDEScheduler": "scheduling_edm",
+    "EDMHeunScheduler": "scheduling_edm",
     "presets": None,
     "diffusion": None,
+    "guidance": None,
+    "probability_flow": None,
+    "upscaling": None,
 }
 __all__ = list(_MODULES)
 

@@ -253,7 +253,8 @@ def write_card(folder: Path, repo_id: str, existing: str | None, license: str | 
     facts = TrainingFacts.load(folder)
     stated = license or model_card.read_card(existing, repo_id)[0].get("license")
     section = model_card.card_section(repo_id, **config, facts=facts, license=stated)
-    metadata = model_card.card_metadata(config["model_config"], facts, license)
+    pipeline = model_card.pipeline_name(config["pipeline_config"])
+    metadata = model_card.card_metadata(config["model_config"], facts, license, pipeline)
     return model_card.make_card(existing, repo_id, section, metadata)
 
 

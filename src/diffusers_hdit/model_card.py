@@ -132,7 +132,7 @@ def card_section(
     classes = {int(i): name for i, name in (pipeline_config.get("id2label") or {}).items()}
     parts = [
         introduction(model_config, facts),
-        usage(repo_id, classes),
+        usage(repo_id, classes, pipeline_name(pipeline_config)),
         model_table(model_config, scheduler_config, classes),
         training_table(facts, from_k_diffusion=pipeline_config.get("k_diffusion_config") is not None),
         evaluation(facts),
@@ -146,6 +146,7 @@ def card_section(
 def introduction(config: dict, facts: TrainingFacts | None) -> str:
     height, width = pair(config["sample_size"])
     kind = "Class-conditional image generation" if config.get("num_classes") else "Unconditional image generation"
+    kind = "Super-resolution" if config.get("conditioning_channels") else kind
     text = (
         f"{kind} at {height}×{width} with a Hourglass Diffusion Transformer (HDiT), directly in pixels, for "
         "[Diffusers](https://huggingface.co/docs/diffusers)."
@@ -159,25 +160,47 @@ def introduction(config: dict, facts: TrainingFacts | None) -> str:
     return text
 
 
-def usage(repo_id: str, classes: dict[int, str]) -> str:
+def pipeline_name(pipeline_config: dict) -> str:
+    name = pipeline_config.get("_class_name", "HDiTPipeline")
+    return name[-1] if isinstance(name, list) else name
+
+
+# What a pipeline is called with first.
+_ARGUMENTS = {
+    "HDiTImg2ImgPipeline": "image=picture, strength=0.6, ",
+    "HDiTInpaintPipeline": "image=picture, mask_image=mask, ",
+    "HDiTUpscalePipeline": "image=picture, ",
+}
+
+
+def usage(repo_id: str, classes: dict[int, str], pipeline: str) -> str:
     label = f"class_labels={json.dumps(next(iter(classes.values())), ensure_ascii=False)}, " if classes else ""
+    arguments = f"{_ARGUMENTS.get(pipeline, '')}{label}num_inference_steps=50"
+    pictures = ""
+    if pipeline in _ARGUMENTS:
+        pictures = 'picture = Image.open("picture.png").convert("RGB")\n'
+    if pipeline == "HDiTInpaintPipeline":
+        pictures += 'mask = Image.open("mask.png")  # white is drawn anew\n'
+    # A subclass of somebody's own is loaded with the class that is known.
+    pipeline = pipeline if pipeline in _ARGUMENTS else "HDiTPipeline"
+    pil = "from PIL import Image\n" if pictures else ""
     return f"""\
 ## Use
 
 ```python
-from diffusers_hdit import HDiTPipeline  # the package diffusers-hdit
+{pil}from diffusers_hdit import {pipeline}  # the package diffusers-hdit
 
-pipe = HDiTPipeline.from_pretrained("{repo_id}")
-image = pipe({label}num_inference_steps=50).images[0]
+{pictures}pipe = {pipeline}.from_pretrained("{repo_id}")
+image = pipe({arguments}).images[0]
 ```
 
 Without the package, with the code in this repository; read it first, it runs on your machine:
 
 ```python
-from diffusers import DiffusionPipeline
+{pil}from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
-image = pipe({label}num_inference_steps=50).images[0]
+{pictures}pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
+image = pipe({arguments}).images[0]
 ```"""
 
 
@@ -196,6 +219,8 @@ def model_table(config: dict, scheduler_config: dict, classes: dict[int, str]) -
         rows.append(("classes", f"{config['num_classes']}{': ' if names else ''}{names}"))
     if config.get("mapping_cond_dim"):
         rows.append(("vector condition", f"{config['mapping_cond_dim']} numbers"))
+    if config.get("conditioning_channels"):
+        rows.append(("conditioning image", f"{config['conditioning_channels']} channels"))
     lines = ["## Model", "", *table(("", ""), rows), ""]
     what = {"neighborhood": "neighborhood {0.kernel_size}×{0.kernel_size}", "none": "none", "global": "global",
             "shifted_window": "shifted window {0.window_size}×{0.window_size}"}  # fmt: skip
@@ -304,13 +329,15 @@ def read_card(card: str | None, repo_id: str) -> tuple[dict, str]:
     return metadata, card[match.end() :] if match else card
 
 
-def card_metadata(model_config: dict, facts: TrainingFacts | None, license: str | None) -> dict:
+def card_metadata(
+    model_config: dict, facts: TrainingFacts | None, license: str | None, pipeline: str = "HDiTPipeline"
+) -> dict:
     """The YAML header as a dictionary."""
     conditional = bool(model_config.get("num_classes"))
     kind = "class-conditional-image-generation" if conditional else "unconditional-image-generation"
     metadata = {
         "library_name": "diffusers",
-        "pipeline_tag": "unconditional-image-generation",
+        "pipeline_tag": "image-to-image" if pipeline in _ARGUMENTS else "unconditional-image-generation",
         "tags": ["diffusers", "hdit", kind],
     }
     if license:

@@ -12,9 +12,10 @@ import torch
 from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .denoising import Denoising
+from .guidance import AdaptiveProjection, Guidance
 from .modeling_hdit import HDiTModel
 from .remote_code import PipelineCarriesCode, package_module
 
@@ -23,20 +24,24 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Labels = int | str | Sequence[int] | Sequence[str] | Tensor
 
 
-class HDiTPipeline(PipelineCarriesCode, DiffusionPipeline):
+class HDiTPipeline(PipelineCarriesCode, Denoising, DiffusionPipeline):
     r"""
     Draws images with a Hourglass Diffusion Transformer, directly in pixels.
 
     Args:
         transformer (`HDiTModel`): the network.
-        scheduler: an EDM scheduler of Diffusers, holding sigma_min, sigma_max and sigma_data of the training.
+        scheduler: an EDM scheduler of Diffusers or of this package, holding sigma_min, sigma_max and sigma_data of the
+            training.
+        guidance_model (`HDiTModel`, *optional*): a smaller or less trained network for autoguidance (Karras et al. 2024,
+            arXiv 2406.02507), or an unconditional one; it then takes the place of the unconditional half of guidance.
         id2label (`dict[int, str]`, *optional*): names of the classes.
         condition_columns (`dict[str, list]`, *optional*): for a model whose `mapping_cond` was made of named numbers:
             their "names", and "mean" and "std" in the training set, in the order of the vector.
         k_diffusion_config (`dict`, *optional*): the reference's configuration, if the weights came from there.
     """
 
-    model_cpu_offload_seq = "transformer"
+    model_cpu_offload_seq = "guidance_model->transformer"
+    _optional_components = ["guidance_model"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -47,14 +52,32 @@ class HDiTPipeline(PipelineCarriesCode, DiffusionPipeline):
         id2label: Optional[dict] = None,  # noqa: UP045
         condition_columns: Optional[dict] = None,  # noqa: UP045
         k_diffusion_config: Optional[dict] = None,  # noqa: UP045
+        guidance_model: Optional[HDiTModel] = None,  # noqa: UP045
     ):
         super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler)
+        self.register_modules(transformer=transformer, scheduler=scheduler, guidance_model=guidance_model)
         self.register_to_config(
             id2label=id2label, condition_columns=condition_columns, k_diffusion_config=k_diffusion_config
         )
         # The images are the latents: nothing is scaled up.
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "HDiTPipeline":
+        """This pipeline with the components and the configuration of another one; keyword arguments replace some."""
+        if {"dtype", "torch_dtype", "custom_pipeline"} & set(kwargs):
+            return super().from_pipe(pipeline, **{**pipeline.components, **kwargs})
+        # Diffusers would make the weights float32, and leave out networks whose class came with a repository.
+        names = set(inspect.signature(cls.__init__).parameters) - {"self"}
+        config = {name: value for name, value in pipeline.config.items() if name not in pipeline.components}
+        # What a pipeline has no use for it keeps under a private name, for one that has.
+        there = {name.removeprefix("_"): value for name, value in config.items()}
+        given = {**there, **pipeline.components, **kwargs}
+        made = cls(
+            **{name: given[name] for name in names if name in given}, **{k: kwargs[k] for k in set(kwargs) - names}
+        )
+        made.register_to_config(**{f"_{name}": value for name, value in there.items() if name not in names})
+        return made
 
     # ------------------------------------------------------------------------------------------------------------------
     # Labels
@@ -81,18 +104,26 @@ class HDiTPipeline(PipelineCarriesCode, DiffusionPipeline):
         return [label2id[label] for label in labels]
 
     def encode_conditions(
-        self, class_labels: Labels | None, mapping_cond: Tensor | Mapping | None, num_images_per_prompt: int
+        self,
+        class_labels: Labels | None,
+        mapping_cond: Tensor | Mapping | None,
+        num_images_per_prompt: int,
+        **images: Tensor | None,
     ) -> tuple[dict[str, Tensor], int]:
-        """What the network is called with besides the image, on the pipeline's device, and the number of images."""
+        """What the network is called with besides the noised image, and other `images`, each with one entry for every
+        image to draw, on the pipeline's device; and how many these are."""
         encoded = {
             "class_labels": self.encode_labels(class_labels),
             "mapping_cond": self.encode_mapping_cond(mapping_cond),
+            **images,
         }
         encoded = {name: value for name, value in encoded.items() if value is not None}
         batch_size = max((len(value) for value in encoded.values()), default=1)
         for name, value in encoded.items():
             if len(value) not in (1, batch_size):
-                raise ValueError(f"{len(value)} {name} were given, but {batch_size} of the other condition.")
+                raise ValueError(
+                    f"{len(value)} {name} were given, but {batch_size} of another argument. Give as many, or one."
+                )
             value = value.expand(batch_size, *value.shape[1:]).repeat_interleave(num_images_per_prompt, dim=0)
             encoded[name] = value.to(self._execution_device)
         return encoded, batch_size * num_images_per_prompt
@@ -131,19 +162,32 @@ class HDiTPipeline(PipelineCarriesCode, DiffusionPipeline):
         if not dim:
             raise ValueError("mapping_cond was given, but this model has mapping_cond_dim=0. Leave it out.")
         if isinstance(mapping_cond, Mapping):
-            columns = self.config.condition_columns or {"names": []}
-            if set(mapping_cond) != set(columns["names"]):
-                raise ValueError(
-                    f"mapping_cond names {sorted(mapping_cond)}, but this model was trained on the columns "
-                    f"{columns['names']}. Give a value for each of these, or pass a tensor."
-                )
-            values = [torch.as_tensor(mapping_cond[name], dtype=torch.float32) for name in columns["names"]]
-            values = torch.stack(torch.broadcast_tensors(*map(torch.atleast_1d, values)), dim=1)
-            mapping_cond = (values - torch.tensor(columns["mean"])) / torch.tensor(columns["std"])
+            mapping_cond = self.encode_columns(mapping_cond)
         mapping_cond = torch.as_tensor(mapping_cond, dtype=torch.float32)
         if mapping_cond.ndim != 2 or mapping_cond.shape[1] != dim:
             raise ValueError(f"mapping_cond must have shape (batch, {dim}), got {tuple(mapping_cond.shape)}.")
         return mapping_cond
+
+    def encode_columns(self, values: Mapping[str, float | Sequence[float]]) -> Tensor:
+        """Named numbers, and vectors (a column v of which has the entries v[0], v[1], ...), as the network gets them."""
+        columns = self.config.condition_columns or {"names": []}
+        given = {}
+        for name, value in values.items():
+            value = torch.as_tensor(value, dtype=torch.float32).cpu()
+            if name not in columns["names"] and f"{name}[0]" in columns["names"] and value.ndim:
+                given.update((f"{name}[{i}]", part) for i, part in enumerate(value.unbind(-1)))
+            else:
+                given[name] = value
+        if set(given) != set(columns["names"]):
+            raise ValueError(
+                f"mapping_cond names {sorted(values)}, but this model was trained on the columns "
+                f"{columns['names']}. Give a value for each of these, or pass a tensor."
+            )
+        values = torch.stack(torch.broadcast_tensors(*(given[name].flatten() for name in columns["names"])), dim=1)
+        values = (values - torch.tensor(columns["mean"])) / torch.tensor(columns["std"])
+        # Where the training dropped conditions, a last entry of 1 says that there is one: zeros are the columns' means.
+        missing = self.transformer.config.mapping_cond_dim - values.shape[1]
+        return torch.nn.functional.pad(values, (0, 1), value=1.0) if missing == 1 else values
 
     # ------------------------------------------------------------------------------------------------------------------
     # Checks, before any work
@@ -152,7 +196,6 @@ class HDiTPipeline(PipelineCarriesCode, DiffusionPipeline):
         self,
         num_inference_steps,
         num_images_per_prompt,
-        guidance_interval,
         output_type,
         callback_on_step_end_tensor_inputs,
     ) -> None:
@@ -172,12 +215,6 @@ class HDiTPipeline(PipelineCarriesCode, DiffusionPipeline):
                 f"this pipeline draws with a model of as many output as input channels; this one has {channels} and "
                 f"{self.transformer.config.in_channels}."
             )
-        if guidance_interval is not None:
-            low, high = guidance_interval
-            if not 0 <= low < high:
-                raise ValueError(
-                    f"guidance_interval must be (sigma_lo, sigma_hi), 0 <= lo < hi; got {guidance_interval}."
-                )
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -189,6 +226,44 @@ class HDiTPipeline(PipelineCarriesCode, DiffusionPipeline):
                 "EDMDPMSolverMultistepScheduler or EDMEulerScheduler."
             )
 
+    def check_guidance(self, guidance: Guidance, has_condition: bool) -> None:
+        """Raises ValueError unless there is something to guide with."""
+        guide, model = self.guidance_model, self.transformer
+        if guidance.scale == 1:
+            return
+        if guide is None and not has_condition:
+            raise ValueError(
+                f"guidance_scale={guidance.scale} needs class_labels or a mapping_cond to guide towards, or a pipeline "
+                "with a guidance_model."
+            )
+        if guide is None:
+            return
+        if guide.config.in_channels != model.config.in_channels:
+            raise ValueError(
+                f"the guidance_model has {guide.config.in_channels} channels, the transformer {model.config.in_channels}."
+            )
+        outputs = [m.config.out_channels or m.config.in_channels for m in (guide, model)]
+        if outputs[0] != outputs[1]:
+            raise ValueError(f"the guidance_model has {outputs[0]} output channels, the transformer {outputs[1]}.")
+        for name, nothing in (("num_classes", None), ("mapping_cond_dim", 0), ("conditioning_channels", 0)):
+            if guide.config[name] not in (nothing, model.config[name]):
+                raise ValueError(
+                    f"the guidance_model has {name}={guide.config[name]}, the transformer {model.config[name]}; it must "
+                    f"have the same or {nothing}."
+                )
+
+    def first_step(self, strength: float, num_inference_steps: int) -> int:
+        """How many of the steps to leave out."""
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength must be above 0 and at most 1, got {strength}.")
+        steps = round(num_inference_steps * strength)
+        if steps == 0:
+            raise ValueError(
+                f"strength={strength} of {num_inference_steps} steps is less than one; take for instance "
+                f"num_inference_steps={int(1 / strength) + 1}."
+            )
+        return num_inference_steps - steps
+
     def prepare_latents(self, latents, batch_size, height, width, generator) -> Tensor:
         """Unit-variance noise `(B, C, H, W)`, float32 on the pipeline's device."""
         shape = (batch_size, self.transformer.config.in_channels, height, width)
@@ -197,7 +272,7 @@ class HDiTPipeline(PipelineCarriesCode, DiffusionPipeline):
                 f"{len(generator)} generators were given for {batch_size} images; give one for each, or one."
             )
         if latents is None:
-            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+            return self.noise(shape, generator)
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}.")
         return latents.to(self._execution_device, torch.float32)
@@ -208,14 +283,6 @@ class HDiTPipeline(PipelineCarriesCode, DiffusionPipeline):
     @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
 
     @torch.no_grad()
     def __call__(
@@ -228,6 +295,8 @@ class HDiTPipeline(PipelineCarriesCode, DiffusionPipeline):
         mapping_cond: Tensor | Mapping[str, float | Sequence[float]] | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
+        adaptive_projection: AdaptiveProjection | Mapping[str, float] | bool | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
@@ -240,18 +309,24 @@ class HDiTPipeline(PipelineCarriesCode, DiffusionPipeline):
             class_labels: a class by number or by name, or a list of them; None draws without a label.
             num_images_per_prompt: images for each label.
             height, width: size in pixels, by default that of the training (or of `latents`).
-            num_inference_steps: evaluations of the network.
+            num_inference_steps: steps of the sampler, each one evaluation of the network but with Heun's method.
             mapping_cond: vector condition `(B, D)`, or `{name: value}` for a model trained on named columns.
-            guidance_scale: w of classifier-free guidance, D_uncond + w (D_cond - D_uncond) (Ho & Salimans 2022, arXiv
-                2207.12598). The unconditional half of the batch has no label and a zero `mapping_cond`. 1 means none.
+            guidance_scale: w, of D_weak + w (D - D_weak); 1 means none. D_weak is drawn without label and with a zero
+                `mapping_cond` (classifier-free guidance, Ho & Salimans 2022, arXiv 2207.12598) in one call together
+                with D, or by the pipeline's `guidance_model` (autoguidance, Karras et al. 2024, arXiv 2406.02507).
             guidance_interval: `(sigma_lo, sigma_hi)`: guide only where sigma_lo < sigma <= sigma_hi (Kynkäänniemi et
-                al. 2024, arXiv 2404.07724); elsewhere the network sees each image once.
+                al. 2024, arXiv 2404.07724); elsewhere the network sees each image once, and D_weak is not computed.
+            guidance_rescale: from 0 to 1, how far to bring the guided prediction back to the standard deviation of D (Lin
+                et al. 2023, arXiv 2305.08891).
+            adaptive_projection: adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416): True, or some of
+                `{"eta": 0.0, "norm_threshold": None, "momentum": 0.0}`.
             generator: one, or a list with one for each image.
             latents: unit-variance noise `(B, C, H, W)` to start from; multiplied by the first sigma here.
             output_type: "pil"; "np" `(B, H, W, C)` or "pt" `(B, C, H, W)` in [0, 1]; or "latent", in [-1, 1] but
                 neither clamped nor rounded.
-            callback_on_step_end: called as `callback(pipeline, step, timestep, {"latents": ...})` after each step; may
-                return a dict with changed latents.
+            callback_on_step_end: called as `callback(pipeline, step, timestep, {"latents": ...})` after each step (with
+                Heun's method after each evaluation, with jumps once more for each repeated one); may return a dict with
+                changed latents.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple with them.
@@ -259,80 +334,112 @@ class HDiTPipeline(PipelineCarriesCode, DiffusionPipeline):
         Raises:
             ValueError: for wrong arguments, before the first evaluation.
         """
+        if latents is not None and getattr(latents, "ndim", None) != 4:
+            raise ValueError(f"latents must be a tensor (B, C, H, W), got {getattr(latents, 'shape', latents)!r}.")
+        if latents is not None and class_labels is None and mapping_cond is None and num_images_per_prompt == 1:
+            num_images_per_prompt = len(latents)
+        default = self.transformer.sample_size if latents is None else latents.shape[-2:]
+        return self.sample(
+            default[0] if height is None else height,
+            default[1] if width is None else width,
+            class_labels=class_labels,
+            num_images_per_prompt=num_images_per_prompt,
+            num_inference_steps=num_inference_steps,
+            mapping_cond=mapping_cond,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            adaptive_projection=adaptive_projection,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+
+    def sample(
+        self,
+        height: int,
+        width: int,
+        *,
+        class_labels: Labels | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 50,
+        mapping_cond: Tensor | Mapping[str, float | Sequence[float]] | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
+        adaptive_projection: AdaptiveProjection | Mapping[str, float] | bool | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        image: Tensor | None = None,
+        strength: float = 1.0,
+        mask: Tensor | None = None,
+        jumps: tuple[int, int] = (1, 1),
+        small: Tensor | None = None,
+        enlarge: Callable | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """
+        What the pipelines for images, inpainting and upscaling have in common with this one: see `__call__`, and
+
+        Args:
+            image: `(B, C, H, W)` in [-1, 1] to start from.
+            strength: share of the steps to run on `image`.
+            mask: `(B, 1, H, W)` of booleans, True where `image` is to be drawn anew.
+            jumps: see `HDiTInpaintPipeline`.
+            small, enlarge: low-resolution images, and what makes the network's `conditioning_image` of them, called as
+                `enlarge(small, generator)`.
+        """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self.check_inputs(
-            num_inference_steps,
-            num_images_per_prompt,
-            guidance_interval,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-        )
-        if guidance_scale != 1.0 and class_labels is None and mapping_cond is None:
-            raise ValueError(f"guidance_scale={guidance_scale} needs class_labels or a mapping_cond to guide towards.")
-        if latents is not None and class_labels is None and mapping_cond is None:
-            num_images_per_prompt = len(latents)
-        conditions, batch_size = self.encode_conditions(class_labels, mapping_cond, num_images_per_prompt)
-        default = self.transformer.sample_size if latents is None else latents.shape[-2:]
-        height, width = default[0] if height is None else height, default[1] if width is None else width
+        self.check_inputs(num_inference_steps, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
+        for name, value in (("height", height), ("width", width)):
+            if not isinstance(value, int):
+                raise ValueError(f"{name} must be an integer, got {value!r}.")
+        generator = list(generator) if isinstance(generator, tuple) else generator
+        guidance = Guidance(guidance_scale, guidance_interval, guidance_rescale, adaptive_projection)
+        self.check_guidance(guidance, has_condition=class_labels is not None or mapping_cond is not None)
+        first_step = self.first_step(strength, num_inference_steps)
         self.transformer.check_size(height, width)
+        if guidance.scale != 1 and self.guidance_model is not None:
+            self.guidance_model.check_size(height, width)
+        if self.transformer.config.conditioning_channels and small is None:
+            raise ValueError(
+                f"this model has conditioning_channels={self.transformer.config.conditioning_channels}: it upscales images. "
+                "Draw with HDiTUpscalePipeline.from_pipe(pipe)."
+            )
+        conditions, batch_size = self.encode_conditions(
+            class_labels, mapping_cond, num_images_per_prompt, image=image, mask=mask, small=small
+        )
+        image, mask, small = (conditions.pop(name, None) for name in ("image", "mask", "small"))
         latents = self.prepare_latents(latents, batch_size, height, width, generator)
+        if small is not None:
+            conditions["conditioning_image"] = enlarge(small, generator)
 
-        self._guidance_scale, self._guidance_interval = guidance_scale, guidance_interval
+        self._guidance_scale = guidance_scale
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         # The first sigma itself: the schedulers' init_noise_sigma, sqrt(sigma² + 1), is not where EDM samplers start.
-        latents = latents * self.scheduler.sigmas[0].item()
+        sigmas = self.scheduler.sigmas.tolist()
+        runs = self.runs(first_step, num_inference_steps, *jumps)
+        latents = latents * sigmas[runs[0].start]
+        if image is not None:
+            latents = latents + image
+        keep = None if mask is None else functools.partial(self.keep_known, image, mask, sigmas, generator)
         callback = None
         if callback_on_step_end is not None:
             callback = functools.partial(self.call_back, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        latents = self.denoise(latents, conditions, generator, callback)
+        latents = self.denoise(latents, conditions, guidance, generator, callback, runs=runs, before_step=keep)
+        if mask is not None:
+            latents = torch.where(mask, latents, image)
 
         images = latents if output_type == "latent" else self.image_processor.postprocess(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def denoise(self, latents: Tensor, conditions: dict[str, Tensor], generator, callback: Callable | None) -> Tensor:
-        """Runs the scheduler from its first timestep to its last; `latents` are at its first noise level."""
-        # Read once: a look at a tensor on an accelerator in the loop would make every step wait.
-        sigmas, timesteps = self.scheduler.sigmas.tolist(), self.scheduler.timesteps
-        self._interrupt, self._num_timesteps = False, len(timesteps)
-        step_kwargs = {"return_dict": False}
-        if "generator" in inspect.signature(self.scheduler.step).parameters:
-            step_kwargs["generator"] = generator
-        low, high = self._guidance_interval or (-1.0, float("inf"))
-
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                model_input = self.scheduler.scale_model_input(latents, t)
-                guided = self.guidance_scale != 1.0 and low < sigmas[i] <= high
-                output = (self.predict_guided if guided else self.predict)(model_input, t, conditions)
-                latents = self.scheduler.step(output, t, latents, **step_kwargs)[0]
-                if callback is not None:
-                    latents = callback(i, t, latents)
-                progress_bar.update()
-        return latents
-
-    def call_back(self, function: Callable, names: list[str], step: int, timestep: Tensor, latents: Tensor) -> Tensor:
-        """Calls the user's function after a step; the latents it returns take the place of the others."""
-        tensors = {"latents": latents}
-        changed = function(self, step, timestep, {name: tensors[name] for name in names}) or {}
-        return changed.get("latents", latents)
-
-    def predict(self, model_input: Tensor, timestep: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-        """F in float32: the solver's arithmetic must not inherit the model's dtype."""
-        return self.transformer(model_input, timestep, **conditions, return_dict=False)[0].float()
-
-    def predict_guided(self, model_input: Tensor, timestep: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-        """Both halves in one call. Guiding F is guiding D: the map between them is affine, and the same for both."""
-        no_conditions = {
-            "class_labels": lambda labels: torch.full_like(labels, self.transformer.config.num_classes),
-            "mapping_cond": torch.zeros_like,
-        }
-        both = {name: torch.cat((no_conditions[name](value), value)) for name, value in conditions.items()}
-        uncond, cond = self.predict(torch.cat((model_input, model_input)), timestep, both).chunk(2)
-        return torch.lerp(uncond, cond, self.guidance_scale)
 
     # ------------------------------------------------------------------------------------------------------------------
     # The reference's checkpoints

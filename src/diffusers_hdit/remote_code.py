@@ -1,11 +1,12 @@
 """Saved models and pipelines carry their own code, so that Diffusers loads them where this package is not installed.
 
-    model_index.json                    names the two files below
-    pipeline_hdit.py                    the pipeline's class
-    transformer/modeling_hdit.py        the network's class
+    model_index.json                    names the files below
+    pipeline_hdit.py                    the pipeline's class; pipeline_hdit_inpaint.py, ... for the others
+    transformer/modeling_hdit.py        the network's class; also in guidance_model/ if there is one
+    scheduler/scheduling_edm.py         the sampler's class, if it is none of Diffusers'
     transformer/config.json, *.safetensors, scheduler/scheduler_config.json
 
-`DiffusionPipeline.from_pretrained(x, trust_remote_code=True)` runs the two files. Diffusers copies one file of a
+`DiffusionPipeline.from_pretrained(x, trust_remote_code=True)` runs these files. Diffusers copies one file of a
 component and no others, hence each is written whole: the modules that it imports relatively are put in their place.
 The classes of the package read the same folders without running anything from them.
 """
@@ -20,6 +21,8 @@ from pathlib import Path
 
 
 HEADER = "# Code of diffusers-hdit"
+# Modules whose classes are components of pipelines.
+COMPONENT_MODULES = ("modeling_hdit", "scheduling_edm")
 # What stands in a carried file for an import of the network: it is a file of its own, and only annotations name it.
 NOT_WRITTEN_OUT = {"modeling_hdit": "from diffusers import ModelMixin as HDiTModel"}
 
@@ -99,6 +102,10 @@ class CarriesCode:
             config["_class_name"] = config["_class_name"][-1]
         return config
 
+
+class SafeWeights:
+    """Mixin for what has weights."""
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
         """As in Diffusers, but weights are read from safetensors only: a pickle can run code when it is opened."""
@@ -111,7 +118,7 @@ class CarriesCode:
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
 
-class PipelineCarriesCode(CarriesCode):
+class PipelineCarriesCode(CarriesCode, SafeWeights):
     """Writes into model_index.json which files hold the code, and reads past it with a class that is at hand."""
 
     def to_json_string(self) -> str:
@@ -131,7 +138,12 @@ class PipelineCarriesCode(CarriesCode):
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         package = cls.__module__.rpartition(".")[0] if is_carried(cls) else __name__.rpartition(".")[0]
         for name, value in config.items():
-            # Only modules that are already imported, and only this package's: what a repository names is never imported.
-            if isinstance(value, list) and len(value) == 2 and f"{package}.{value[0]}" in sys.modules:
+            if not (isinstance(value, list) and len(value) == 2):
+                continue
+            # Diffusers finds only modules that are imported already. What a repository names is never imported, but for
+            # the package's own modules.
+            if package == "diffusers_hdit" and value[0] in COMPONENT_MODULES:
+                importlib.import_module(f"{package}.{value[0]}")
+            if f"{package}.{value[0]}" in sys.modules:
                 config[name] = [f"{package}.{value[0]}", value[1]]
         return loaded

@@ -1,0 +1,185 @@
+"""The one denoising loop: runs a scheduler over the noise levels, with guidance, jumps and what is kept of an image."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .guidance import Guidance
+
+
+class Denoising:
+    """Part of the pipelines: needs `scheduler`, `transformer` and `guidance_model`, and Diffusers' pipeline behind it."""
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    def noise(self, shape: tuple[int, ...], generator) -> Tensor:
+        return randn_tensor(tuple(shape), generator=generator, device=self._execution_device, dtype=torch.float32)
+
+    def runs(self, first: int, last: int, jump_length: int, jump_n_sample: int) -> list[range]:
+        """
+        The evaluations from step `first` up to step `last`: one run, or, with jumps, as RePaint does (Lugmayr et al. 2022,
+        arXiv 2201.09865, section 4.2): stretches of `jump_length` steps, counted from the end, each run `jump_n_sample`
+        times, but for the first one.
+        """
+        edges = sorted({first, *range(last, first, -jump_length)}) if jump_n_sample > 1 else [first, last]
+        steps = [range(edges[0], edges[1])]
+        for begin, end in zip(edges[1:-1], edges[2:], strict=True):
+            steps += [range(begin, end)] * jump_n_sample
+        order = self.scheduler.order
+        count = len(self.scheduler.timesteps)
+        merged = [range(order * run.start, min(order * run.stop, count)) for run in steps]
+        runs = merged[:1]
+        for run in merged[1:]:
+            # Without a jump in between they are one run, and a multistep solver remembers its last steps.
+            if run.start == runs[-1].stop and run.start < run.stop:
+                runs[-1] = range(runs[-1].start, run.stop)
+            else:
+                runs.append(run)
+        return runs
+
+    def denoise(
+        self,
+        latents: Tensor,
+        conditions: dict[str, Tensor],
+        guidance: Guidance | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        callback: Callable | None = None,
+        *,
+        runs: Sequence[range] | None = None,
+        before_step: Callable | None = None,
+    ) -> Tensor:
+        """
+        Runs the scheduler, whose timesteps are set.
+
+        Args:
+            latents: `(B, C, H, W)` at the noise level of the first evaluation.
+            conditions: what the network is called with besides, see `encode_conditions`.
+            callback: called as `callback(step, timestep, latents)` after each evaluation; returns the latents.
+            runs: the evaluations, by their place among the scheduler's timesteps; all of them if not given. Where a run
+                begins before the last one ended, noise takes the latents back up to its noise level.
+            before_step: called as `before_step(evaluation, latents)` before each of them; returns the latents.
+        """
+        guidance = guidance or Guidance()
+        self.reset_caches()  # of a call that raised an error
+        # Read once: a look at a tensor on an accelerator in the loop would make every step wait.
+        sigmas, timesteps = self.scheduler.sigmas.tolist(), self.scheduler.timesteps
+        runs = runs or [range(len(timesteps))]
+        self._interrupt, self._num_timesteps = False, sum(map(len, runs))
+        step_kwargs = {"return_dict": False}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            step_kwargs["generator"] = generator
+        weak_conditions = self.weak_conditions(conditions) if guidance.scale != 1 else None
+
+        step, level = 0, runs[0].start
+        with self.progress_bar(total=self.num_timesteps) as progress_bar:
+            for run in runs:
+                if run.start != level and not self.interrupt:
+                    latents = self.jump(latents, sigmas[level], sigmas[run.start], generator)
+                    guidance.running = None
+                # Said, not found: the schedulers would look for the timestep on the accelerator.
+                self.scheduler.set_begin_index(run.start)
+                for i in run:
+                    if self.interrupt:
+                        continue
+                    if before_step is not None:
+                        latents = before_step(i, latents)
+                    t = timesteps[i]
+                    output = self.predict(latents, t, sigmas[i], conditions, weak_conditions, guidance)
+                    latents = self.scheduler.step(output, t, latents, **step_kwargs)[0]
+                    if callback is not None:
+                        latents = callback(step, t, latents)
+                    step += 1
+                    progress_bar.update()
+                level = run.stop
+        return latents
+
+    def jump(self, latents: Tensor, sigma: float, sigma_up: float, generator) -> Tensor:
+        """Back up to a higher noise level; the scheduler and caches forget the steps before."""
+        # Without a device: its sigmas would be read back from there.
+        self.scheduler.set_timesteps(self.scheduler.num_inference_steps)
+        self.reset_caches()
+        return latents + (sigma_up**2 - sigma**2) ** 0.5 * self.noise(latents.shape, generator)
+
+    def reset_caches(self) -> None:
+        for model in (self.transformer, self.guidance_model):
+            if model is not None and model.is_cache_enabled:
+                model._reset_stateful_cache()
+
+    def keep_known(self, image, mask, sigmas, generator, evaluation: int, latents: Tensor) -> Tensor:
+        """Puts the known part of the image, at this noise level, in the place of what was drawn there (RePaint, Lugmayr et
+        al. 2022, arXiv 2201.09865, equation 8)."""
+        if evaluation % self.scheduler.order:
+            return latents  # in the middle of a step
+        return torch.where(mask, latents, image + sigmas[evaluation] * self.noise(image.shape, generator))
+
+    def call_back(self, function: Callable, names: list[str], step: int, timestep: Tensor, latents: Tensor) -> Tensor:
+        """Calls the user's function after a step; the latents it returns take the place of the others."""
+        tensors = {"latents": latents}
+        changed = function(self, step, timestep, {name: tensors[name] for name in names}) or {}
+        return changed.get("latents", latents)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # One evaluation
+
+    def weak_conditions(self, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the prediction to guide away from is made with."""
+        if self.guidance_model is None:
+            nothing = {
+                "class_labels": lambda labels: torch.full_like(labels, self.transformer.config.num_classes),
+                "mapping_cond": torch.zeros_like,
+                "conditioning_image": lambda image: image,
+            }
+            return {name: nothing[name](value) for name, value in conditions.items()}
+        config = self.guidance_model.config
+        takes = {
+            "class_labels": config.num_classes,
+            "mapping_cond": config.mapping_cond_dim,
+            "conditioning_image": config.conditioning_channels,
+        }
+        return {name: value for name, value in conditions.items() if takes[name]}
+
+    def predict(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        sigma: float,
+        conditions: dict[str, Tensor],
+        weak_conditions: dict[str, Tensor] | None,
+        guidance: Guidance,
+    ) -> Tensor:
+        """F for the scheduler, guided where it has to be."""
+        # The outputs of the step before may go, if the network is compiled to CUDA graphs.
+        torch.compiler.cudagraph_mark_step_begin()
+        model_input = self.scheduler.scale_model_input(latents, timestep)
+        if not guidance.at(sigma):
+            return self.evaluate(self.transformer, "plain", model_input, timestep, conditions)
+        if self.guidance_model is not None:
+            weak = self.evaluate(self.guidance_model, "weak", model_input, timestep, weak_conditions)
+            strong = self.evaluate(self.transformer, "plain", model_input, timestep, conditions)
+        else:
+            both = {name: torch.cat((weak_conditions[name], value)) for name, value in conditions.items()}
+            model_input = torch.cat((model_input, model_input))
+            weak, strong = self.evaluate(self.transformer, "guided", model_input, timestep, both).chunk(2)
+        if guidance.is_linear:
+            # Guiding F is guiding D: the map between them is affine, and the same for both.
+            return guidance(weak, strong)
+        to_denoised = self.scheduler.precondition_outputs
+        guided = guidance(to_denoised(latents, weak, sigma), to_denoised(latents, strong, sigma))
+        # Back to F, D = c_skip x + c_out F.
+        return (guided - to_denoised(latents, 0.0, sigma)) / to_denoised(0.0, 1.0, sigma)
+
+    def evaluate(self, model, context: str, model_input, timestep, conditions: dict[str, Tensor]) -> Tensor:
+        """F in float32: the solver's arithmetic must not inherit the model's dtype."""
+        # Batches of different sizes must not share what Diffusers' caches keep.
+        with model.cache_context(context) if model.is_cache_enabled else contextlib.nullcontext():
+            return model(model_input, timestep, **conditions, return_dict=False)[0].float()
