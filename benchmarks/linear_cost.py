@@ -16,7 +16,8 @@ import time
 
 import torch
 
-from diffusers_hdit.modeling_hdit import axial_positions, axial_rotary_tables, resolve_levels
+from diffusers_hdit.configuration_hdit import resolve_levels
+from diffusers_hdit.modeling_hdit import axial_positions, axial_rotary_tables, make_blocks
 
 
 # glibc returns every buffer over 32 MB to the system and takes it anew, to be zeroed page by page, at each use. That
@@ -26,7 +27,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "M
 
 def timer(level, grid, conditioning, device, train: bool):
     torch.manual_seed(0)
-    blocks = level.make_blocks(conditioning.shape[1]).to(device)
+    blocks = make_blocks(level, conditioning.shape[1]).to(device)
     for parameter in blocks.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.02)

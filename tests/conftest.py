@@ -30,6 +30,22 @@ def randomize(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
     return model
 
 
+def kept_bytes(model: torch.nn.Module) -> int:
+    """Bytes besides the weights that autograd keeps of a forward pass of a real image of 32×32 pixels."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(torch.randn(1, 3, 32, 32), 0.0)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
 SMALL = {
     "sample_size": 32,
     "patch_size": 2,

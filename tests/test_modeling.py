@@ -365,3 +365,27 @@ def test_presets_build_the_papers_models():
     assert presets.load("tiny")["model"]["widths"] == [64, 128, 256]
     with pytest.raises(ValueError, match="there is no preset 'huge'; the presets are 'tiny'"):
         presets.load("huge")
+
+
+def test_conditioning_channels(make_model):
+    """They widen the first matrix only, and stand behind the image's channels in each pixel."""
+    model, plain = make_model(conditioning_channels=2), make_model()
+    shapes = {name: p.shape for name, p in plain.state_dict().items()}
+    other = {name for name, p in model.state_dict().items() if shapes[name] != p.shape}
+    assert other == {"patch_in.proj.weight"}
+    model.load_state_dict({**plain.state_dict(), **{n: model.state_dict()[n] for n in other}})
+    weight = torch.randn(32, 2, 2, 5)
+    model.patch_in.proj.weight.data = weight.flatten(1)
+    plain.patch_in.proj.weight.data = weight[..., :3].flatten(1)
+    sample, condition = torch.randn(2, 3, 32, 32), torch.randn(2, 2, 32, 32)
+    with torch.no_grad():
+        nothing = model(sample, 0.1, conditioning_image=torch.zeros_like(condition)).sample
+        torch.testing.assert_close(nothing, plain(sample, 0.1).sample)
+        assert not torch.allclose(model(sample, 0.1, conditioning_image=condition).sample, nothing)
+    for given in (None, condition[:1], condition[:, :1]):
+        with pytest.raises(ValueError, match=r"conditioning_image must have shape \(2, 2, 32, 32\)"):
+            model(sample, 0.1, conditioning_image=given)
+    with pytest.raises(ValueError, match="conditioning_image must be left out for this model"):
+        plain(sample, 0.1, conditioning_image=condition)
+    with pytest.raises(ValueError, match="conditioning_channels must not be negative, got -1"):
+        make_model(conditioning_channels=-1)

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import presets
+from .configuration_hdit import PARTS
 from .modeling_hdit import HDiTModel, axial_rotary_frequencies, cast_parameters
 
 
@@ -87,14 +88,24 @@ def scheduler_config_from_reference(config: dict) -> dict:
 
 def reference_config(model: HDiTModel, scheduler_config: Mapping, original: dict | None) -> dict:
     """The reference's configuration of a model: what the model says, on top of what else the original one said."""
-    if model.config.augment_cond_dim != 9 or model.config.out_channels not in (None, model.config.in_channels):
+    out_channels = model.config.out_channels or model.config.in_channels
+    inputs = model.config.in_channels + model.config.conditioning_channels
+    if model.config.augment_cond_dim != 9 or out_channels != inputs:
         raise ValueError(
             "the reference has no such network: it needs augment_cond_dim=9 and as many output as input channels; this "
-            f"model has augment_cond_dim={model.config.augment_cond_dim}, out_channels={model.config.out_channels}."
+            f"model has augment_cond_dim={model.config.augment_cond_dim}, {inputs} input channels, out_channels={out_channels}."
+        )
+    other = [f"{name}={model.config[name]!r}" for name, choices in PARTS.items() if model.config[name] != choices[0]]
+    reference_types = {ours: name for name, ours in ATTENTION_TYPES.items()}
+    other += [f"attention type {level.type!r}" for level in model.levels if level.type not in reference_types]
+    if other:
+        raise ValueError(
+            f"the reference has no such network: it does not know {', '.join(dict.fromkeys(other))}. Only models with "
+            f"the paper's parts can be written: attention types {', '.join(map(repr, reference_types))}, and "
+            f"{', '.join(f'{name}={choices[0]!r}' for name, choices in PARTS.items())}."
         )
     config = copy.deepcopy(original or {})
     sample_size = model.config.sample_size
-    reference_types = {ours: name for name, ours in ATTENTION_TYPES.items()}
     self_attns = []
     for level in model.levels:
         attn = {"type": reference_types[level.type]}

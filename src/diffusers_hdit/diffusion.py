@@ -5,6 +5,7 @@ al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", a
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -128,15 +129,18 @@ def stratified_uniform(
     world_size: int = 1,
     micro_step: int = 0,
     micro_steps: int = 1,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """
     One draw from each of the `batch * world_size * micro_steps` equal strata of (0, 1): this process's and this
     micro-step's share, `(batch,)` float64. Over the whole global batch every stratum is hit once, which takes most of
     the variance out of the loss (Kingma et al. 2021, arXiv 2107.00630).
 
+    Args:
+        generator: one for all, or a list with one for each sample.
+
     Raises:
-        ValueError: for a rank or micro-step outside its range.
+        ValueError: for a rank or micro-step outside its range, or another number of generators than samples.
     """
     if not (0 <= rank < world_size and 0 <= micro_step < micro_steps and batch > 0):
         raise ValueError(
@@ -145,7 +149,12 @@ def stratified_uniform(
         )
     groups = world_size * micro_steps
     strata = torch.arange(batch, dtype=torch.float64) * groups + micro_step * world_size + rank
-    u = torch.rand(batch, dtype=torch.float64, generator=generator)
+    if generator is None or isinstance(generator, torch.Generator):
+        u = torch.rand(batch, dtype=torch.float64, generator=generator)
+    elif len(generator) == batch:
+        u = torch.cat([torch.rand(1, dtype=torch.float64, generator=g) for g in generator])
+    else:
+        raise ValueError(f"{len(generator)} generators were given for {batch} samples; give one for each, or one.")
     # rand is in [0, 1): keep sigma(0) and sigma(1), where some densities are infinite, out.
     return ((strata + u) / (batch * groups)).clamp(1e-12, 1 - 1e-12)
 

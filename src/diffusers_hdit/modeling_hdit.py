@@ -15,16 +15,26 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
+from .ablations import (
+    AdaLayerNorm,
+    AxialAttention,
+    GELUFeedForward,
+    PatchInWithPositions,
+    SlidingWindowAttention,
+    SplitAndAdd,
+    SplitAndConcat,
+)
+from .configuration_hdit import Level, check_parts, pair, resolve_levels
 from .neighborhood import BACKENDS, neighborhood_attention, unavailable_reason, whole_grid_attention
-from .remote_code import CarriesCode, package_module
+from .remote_code import CarriesCode, SafeWeights, package_module
 
 
 EPS = 1e-6
-ATTENTION_TYPES = ("neighborhood", "global", "shifted_window", "none")
 
 
 @dataclass
@@ -74,16 +84,25 @@ def axial_rotary_tables(y: Tensor, x: Tensor, num_heads: int, head_dim: int) -> 
     return table(torch.cos), table(torch.sin)
 
 
-def cosine_similarity_rotary(x: Tensor, scale: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Scales queries or keys `(B, h, w, n, d)` to the length sqrt(scale) of their head, then rotates them.
+def to_length(x: Tensor, scale: Tensor) -> Tensor:
+    """Scales queries or keys `(B, h, w, n, d)` to the length sqrt(scale) of their head.
 
-    Logits of two such vectors are scale * cosine similarity. At least float32 inside: an angle or a norm
-    rounded to bfloat16 would move every logit.
+    Logits of two such vectors are scale * cosine similarity. At least float32: an angle or a norm rounded to bfloat16
+    would move every logit.
     """
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    return y * (scale.to(y.dtype).sqrt()[:, None] * torch.rsqrt(y.square().sum(-1, keepdim=True) + EPS))
+
+
+def cosine_similarity(x: Tensor, scale: Tensor, rotary: None = None) -> Tensor:
+    """Queries or keys of a model without rotary embeddings."""
+    return to_length(x, scale).to(x.dtype)
+
+
+def cosine_similarity_rotary(x: Tensor, scale: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries or keys `(B, h, w, n, d)`, scaled, then rotated."""
     cos, sin = rotary
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    y = x.to(dtype)
-    y = y * (scale.to(dtype).sqrt()[:, None] * torch.rsqrt(y.square().sum(-1, keepdim=True) + EPS))
+    y = to_length(x, scale)
     quarter = cos.shape[-1]
     first, second, rest = y.split((quarter, quarter, y.shape[-1] - 2 * quarter), dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1).to(x.dtype)
@@ -256,8 +275,8 @@ def zero_init(linear: nn.Linear) -> nn.Linear:
 class GlobalAttention(nn.Module):
     """Every token sees every token of its level."""
 
-    def keys_per_query(self, height: int, width: int) -> int:
-        return height * width
+    def query_key_pairs(self, height: int, width: int) -> int:
+        return (height * width) ** 2
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return whole_grid_attention(query, key, value, scale=1.0)
@@ -271,8 +290,8 @@ class NeighborhoodAttention(nn.Module):
         self.kernel_size = kernel_size
         self.backend = "auto"
 
-    def keys_per_query(self, height: int, width: int) -> int:
-        return self.kernel_size**2
+    def query_key_pairs(self, height: int, width: int) -> int:
+        return height * width * self.kernel_size**2
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return neighborhood_attention(query, key, value, self.kernel_size, scale=1.0, backend=self.backend)
@@ -285,8 +304,8 @@ class ShiftedWindowAttention(nn.Module):
         super().__init__()
         self.window_size, self.shift = window_size, shift
 
-    def keys_per_query(self, height: int, width: int) -> int:
-        return self.window_size**2
+    def query_key_pairs(self, height: int, width: int) -> int:
+        return height * width * self.window_size**2
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         batch, height, width, heads, dim = query.shape
@@ -320,20 +339,26 @@ def make_attention_kind(attention_type: str, kernel_size: int, window_size: int,
         return NeighborhoodAttention(kernel_size)
     if attention_type == "shifted_window":
         return ShiftedWindowAttention(window_size, shift=window_size // 2 if index % 2 else 0)
-    return GlobalAttention()
+    if attention_type == "sliding_window":
+        return SlidingWindowAttention(kernel_size)
+    return AxialAttention() if attention_type == "axial" else GlobalAttention()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A block
 
+NORMS = {"ada_rms_norm": AdaRMSNorm, "ada_layer_norm": AdaLayerNorm}
+FEED_FORWARDS = {"geglu": HDiTFeedForward, "gelu": GELUFeedForward}
+
 
 class HDiTAttention(nn.Module):
     """Cosine-similarity attention with axial rotary embeddings, `(B, h, w, D) -> (B, h, w, D)`."""
 
-    def __init__(self, dim: int, head_dim: int, kind: nn.Module, dropout: float):
+    def __init__(self, dim: int, head_dim: int, kind: nn.Module, dropout: float, rotary: bool = True):
         super().__init__()
         self.head_dim = head_dim
         self.kind = kind
+        self.prepare = cosine_similarity_rotary if rotary else cosine_similarity
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(dim, dim, bias=False)
         self.to_v = nn.Linear(dim, dim, bias=False)
@@ -344,22 +369,23 @@ class HDiTAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         heads = (-1, self.head_dim)
-        query = cosine_similarity_rotary(self.to_q(hidden_states).unflatten(-1, heads), self.scale, rotary)
-        key = cosine_similarity_rotary(self.to_k(hidden_states).unflatten(-1, heads), self.scale, rotary)
+        query = self.prepare(self.to_q(hidden_states).unflatten(-1, heads), self.scale, rotary)
+        key = self.prepare(self.to_k(hidden_states).unflatten(-1, heads), self.scale, rotary)
         value = self.to_v(hidden_states).unflatten(-1, heads)
         out = self.kind(query, key, value).flatten(-2)
         return self.to_out[0](self.dropout(out))
 
 
 class HDiTTransformerBlock(nn.Module):
-    """Attention, then feed-forward, each behind an AdaRMSNorm and around a residual."""
+    """Attention, then feed-forward, each behind an adaptive norm and around a residual."""
 
-    def __init__(self, dim: int, ff_dim: int, cond_dim: int, head_dim: int, kind: nn.Module, dropout: float):
+    def __init__(self, level: Level, cond_dim: int, index: int):
         super().__init__()
-        self.norm1 = AdaRMSNorm(dim, cond_dim)
-        self.attn = HDiTAttention(dim, head_dim, kind, dropout)
-        self.norm2 = AdaRMSNorm(dim, cond_dim)
-        self.ff = HDiTFeedForward(dim, ff_dim, dropout)
+        kind = make_attention_kind(level.type, level.kernel_size, level.window_size, index)
+        self.norm1 = NORMS[level.norm](level.width, cond_dim)
+        self.attn = HDiTAttention(level.width, level.head_dim, kind, level.dropout, level.rotary)
+        self.norm2 = NORMS[level.norm](level.width, cond_dim)
+        self.ff = FEED_FORWARDS[level.activation](level.width, level.ff_width, level.dropout)
 
     def forward(self, hidden_states: Tensor, cond: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states, cond), rotary)
@@ -369,13 +395,19 @@ class HDiTTransformerBlock(nn.Module):
 class HDiTFeedForwardBlock(nn.Module):
     """A block of a level whose attention type is "none"."""
 
-    def __init__(self, dim: int, ff_dim: int, cond_dim: int, dropout: float):
+    def __init__(self, level: Level, cond_dim: int, index: int):
         super().__init__()
-        self.norm2 = AdaRMSNorm(dim, cond_dim)
-        self.ff = HDiTFeedForward(dim, ff_dim, dropout)
+        self.norm2 = NORMS[level.norm](level.width, cond_dim)
+        self.ff = FEED_FORWARDS[level.activation](level.width, level.ff_width, level.dropout)
 
     def forward(self, hidden_states: Tensor, cond: Tensor, rotary: None = None) -> Tensor:
         return hidden_states + self.ff(self.norm2(hidden_states, cond))
+
+
+def make_blocks(level: Level, cond_dim: int, first_index: int = 0) -> nn.ModuleList:
+    """The blocks of a level on one of its two ways; `first_index` is the number of the first one in its level."""
+    block = HDiTFeedForwardBlock if level.type == "none" else HDiTTransformerBlock
+    return nn.ModuleList([block(level, cond_dim, first_index + i) for i in range(level.depth)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -424,11 +456,18 @@ class TokenSplitWithSkip(TokenSplit):
         return torch.lerp(skip, x, self.fac.to(x.dtype))
 
 
+def make_split(skip: str, in_features: int, out_features: int) -> nn.Module:
+    if skip == "lerp":
+        return TokenSplitWithSkip(in_features, out_features)
+    split = TokenSplit(in_features, out_features)
+    return SplitAndAdd(split, out_features) if skip == "add" else SplitAndConcat(split, out_features)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The network
 
 
-class HDiTModel(CarriesCode, ModelMixin, ConfigMixin, PeftAdapterMixin):
+class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     r"""
     The Hourglass Diffusion Transformer: a transformer in the shape of a U-Net that denoises images in pixel space.
 
@@ -443,10 +482,11 @@ class HDiTModel(CarriesCode, ModelMixin, ConfigMixin, PeftAdapterMixin):
         widths (`Sequence[int]`): token width D of each level.
         depths (`Sequence[int]`): blocks of each level, on the way down and again on the way up.
         ff_widths (`Sequence[int]`, *optional*): hidden width of the feed-forwards, 3·D if not given.
-        attention_types (`Sequence[str]`, *optional*): "neighborhood", "global", "shifted_window" or "none" for each
-            level. Default: neighborhood everywhere but in the last level, which is global.
+        attention_types (`Sequence[str]`, *optional*): "neighborhood", "global", "shifted_window", "axial",
+            "sliding_window" or "none" for each level. Default: neighborhood everywhere but in the last level, which is
+            global.
         attention_head_dim (`int` or a list): d, a multiple of 8 that divides the level's width.
-        kernel_size (`int` or a list): side of the neighborhood in tokens, odd.
+        kernel_size (`int` or a list): side of the neighborhood or of the sliding window in tokens, odd.
         window_size (`int` or a list): side of a window in tokens.
         dropout (`float` or a list): dropout before the last projection of attention and feed-forward.
         mapping_depth, mapping_width, mapping_ff_width, mapping_dropout: the mapping network; its feed-forwards have
@@ -454,9 +494,19 @@ class HDiTModel(CarriesCode, ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_classes (`int`, *optional*): number of classes; None for a model without class labels.
         augment_cond_dim (`int`): length of the augmentation vector (9 for Karras et al. 2022), 0 for none.
         mapping_cond_dim (`int`): length of the vector condition, 0 for none.
+        conditioning_channels (`int`): channels of an image that conditions the network, for instance one to be
+            upscaled; 0 for none.
+        position_embedding (`str`): "rope"; "additive", learned vectors that are added to the outermost tokens, resampled
+            for sizes other than sample_size; or "none".
+        skip (`str`): how a skip meets what comes up: "lerp", "add" or "concat" (and a linear map back to the width).
+        activation (`str`): "geglu" or "gelu" in the feed-forwards of the blocks; the mapping network has GEGLU always.
+        norm (`str`): "ada_rms_norm" or "ada_layer_norm" in the blocks.
+
+    The last four, "axial" and "sliding_window" are for ablations (see `ablations.py`); the defaults are the paper's.
 
     Raises:
-        ValueError: for lists of different lengths, unknown attention types, and sizes that do not fit each other.
+        ValueError: for lists of different lengths, unknown attention types, and sizes that do not fit each other; for
+            unknown parts, and those of which the model has none (skips between the levels of a model of one level).
     """
 
     # config.json then says which file Diffusers' AutoModel finds this class in.
@@ -492,11 +542,27 @@ class HDiTModel(CarriesCode, ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_classes: int | None = None,
         augment_cond_dim: int = 9,
         mapping_cond_dim: int = 0,
+        conditioning_channels: int = 0,
+        position_embedding: str = "rope",
+        skip: str = "lerp",
+        activation: str = "geglu",
+        norm: str = "ada_rms_norm",
     ):
         super().__init__()
         self.levels = resolve_levels(
-            widths, depths, ff_widths, attention_types, attention_head_dim, kernel_size, window_size, dropout
+            widths,
+            depths,
+            ff_widths,
+            attention_types,
+            attention_head_dim,
+            kernel_size,
+            window_size,
+            dropout,
+            position_embedding,
+            activation,
+            norm,
         )
+        check_parts(self.levels, position_embedding=position_embedding, skip=skip, activation=activation, norm=norm)
         self.patch_size = pair("patch_size", patch_size)
         for name, value in (
             ("in_channels", in_channels),
@@ -505,13 +571,18 @@ class HDiTModel(CarriesCode, ModelMixin, ConfigMixin, PeftAdapterMixin):
         ):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if conditioning_channels < 0:
+            raise ValueError(f"conditioning_channels must not be negative, got {conditioning_channels}.")
         if mapping_width % 2:
             raise ValueError(f"mapping_width must be even (half cosines, half sines), got {mapping_width}.")
         self.sample_size = pair("sample_size", sample_size)
         self.check_size(*self.sample_size)
 
         outermost = self.levels[0].width
-        self.patch_in = TokenMerge(in_channels, outermost, self.patch_size)
+        self.patch_in = TokenMerge(in_channels + conditioning_channels, outermost, self.patch_size)
+        if position_embedding == "additive":
+            grid = (size // patch for size, patch in zip(self.sample_size, self.patch_size, strict=True))
+            self.patch_in = PatchInWithPositions(self.patch_in, *grid, outermost)
         mapping = HDiTMappingNetwork(
             mapping_depth, mapping_width, mapping_ff_width or 3 * mapping_width, mapping_dropout
         )
@@ -520,16 +591,17 @@ class HDiTModel(CarriesCode, ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         self.merges, self.splits = nn.ModuleList(), nn.ModuleList()
         for level, inner in zip(self.levels[:-1], self.levels[1:], strict=True):
-            self.down_blocks.append(level.make_blocks(mapping_width))
+            self.down_blocks.append(make_blocks(level, mapping_width))
             self.merges.append(TokenMerge(level.width, inner.width))
-            self.splits.append(TokenSplitWithSkip(inner.width, level.width))
-            self.up_blocks.append(level.make_blocks(mapping_width, first_index=level.depth))
-        self.transformer_blocks = self.levels[-1].make_blocks(mapping_width)
+            self.splits.append(make_split(skip, inner.width, level.width))
+            self.up_blocks.append(make_blocks(level, mapping_width, first_index=level.depth))
+        self.transformer_blocks = make_blocks(self.levels[-1], mapping_width)
 
         self.norm_out = RMSNorm(outermost)
         self.patch_out = TokenSplit(outermost, out_channels or in_channels, self.patch_size)
         zero_init(self.patch_out.proj)
         self.gradient_checkpointing = False
+        self.checkpointed_levels = frozenset(range(len(self.levels)))
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "HDiTModel":
@@ -544,6 +616,7 @@ class HDiTModel(CarriesCode, ModelMixin, ConfigMixin, PeftAdapterMixin):
         class_labels: Tensor | None = None,
         augment_cond: Tensor | None = None,
         mapping_cond: Tensor | None = None,
+        conditioning_image: Tensor | None = None,
         return_dict: bool = True,
     ) -> HDiTModelOutput | tuple[Tensor]:
         """
@@ -553,6 +626,8 @@ class HDiTModel(CarriesCode, ModelMixin, ConfigMixin, PeftAdapterMixin):
             class_labels (`(B,)` int64, *optional*): `num_classes` or None mean "no label".
             augment_cond (`(B, augment_cond_dim)`, *optional*): zeros (not augmented) if not given.
             mapping_cond (`(B, mapping_cond_dim)`, *optional*): adds nothing if not given.
+            conditioning_image (`(B, conditioning_channels, H, W)`): for a model with conditioning_channels, which needs
+                it; of the sample's size, at unit scale whatever the noise level.
 
         Returns:
             F, the raw network output, `(B, out_channels, H, W)` in the model's dtype.
@@ -565,7 +640,10 @@ class HDiTModel(CarriesCode, ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"sample must have shape (batch, {self.config.in_channels}, height, width), got {tuple(sample.shape)}."
             )
         self.check_size(*sample.shape[-2:])
+        self.check_conditioning_image(sample, conditioning_image)
         dtype = self.dtype
+        if conditioning_image is not None:
+            sample = torch.cat((sample.to(dtype), conditioning_image.to(dtype)), dim=1)
         hidden_states = self.patch_in(sample.to(dtype).permute(0, 2, 3, 1))
 
         timestep = torch.as_tensor(timestep, dtype=torch.promote_types(dtype, torch.float32), device=sample.device)
@@ -575,47 +653,57 @@ class HDiTModel(CarriesCode, ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         skips = []
         for i in range(len(self.down_blocks)):
-            hidden_states = self.run_blocks(self.down_blocks[i], hidden_states, cond, rotaries[i])
+            hidden_states = self.run_level(i, self.down_blocks[i], hidden_states, cond, rotaries[i])
             skips.append(hidden_states)
             hidden_states = self.merges[i](hidden_states)
 
-        hidden_states = self.run_blocks(self.transformer_blocks, hidden_states, cond, rotaries[-1])
+        hidden_states = self.run_level(len(skips), self.transformer_blocks, hidden_states, cond, rotaries[-1])
 
         for i in reversed(range(len(self.up_blocks))):
             hidden_states = self.splits[i](hidden_states, skips[i])
-            hidden_states = self.run_blocks(self.up_blocks[i], hidden_states, cond, rotaries[i])
+            hidden_states = self.run_level(i, self.up_blocks[i], hidden_states, cond, rotaries[i])
 
-        output = self.patch_out(self.norm_out(hidden_states)).permute(0, 3, 1, 2)
+        output = self.patch_out(self.norm_out(hidden_states)).permute(0, 3, 1, 2).contiguous()
         return HDiTModelOutput(sample=output) if return_dict else (output,)
 
-    def run_blocks(self, blocks: nn.ModuleList, hidden_states: Tensor, cond: Tensor, rotary) -> Tensor:
+    def run_level(self, level: int, blocks: nn.ModuleList, hidden_states: Tensor, cond: Tensor, rotary) -> Tensor:
+        recompute = self.gradient_checkpointing and level in self.checkpointed_levels and torch.is_grad_enabled()
         for block in blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if recompute:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, cond, rotary)
             else:
                 hidden_states = block(hidden_states, cond, rotary)
         return hidden_states
 
     def rotary_tables(self, height: int, width: int, device: torch.device) -> list[tuple[Tensor, Tensor] | None]:
-        """One pair of tables a level, for outermost tokens height × width; None for a level without attention."""
+        """One pair of tables a level, for outermost tokens height × width; None for a level that rotates nothing."""
         tables = []
         y, x = axial_positions(height, width, device)
         for i, level in enumerate(self.levels):
             if i:
                 y, x = y.unflatten(0, (-1, 2)).mean(1), x.unflatten(0, (-1, 2)).mean(1)
-            tables.append(axial_rotary_tables(y, x, level.heads, level.head_dim) if level.heads else None)
+            rotates = level.heads and level.rotary
+            tables.append(axial_rotary_tables(y, x, level.heads, level.head_dim) if rotates else None)
         return tables
+
+    @property
+    def size_rule(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """What height and width in pixels must be multiples of, and their least values; (height, width) each."""
+        divisors, least = [], []
+        for patch in self.patch_size:
+            divisor, smallest = 1, 1
+            for i, level in enumerate(self.levels):
+                token = patch * 2**i
+                divisor = math.lcm(divisor, token * (level.window_size if level.type == "shifted_window" else 1))
+                smallest = max(smallest, token * (level.kernel_size if level.type == "neighborhood" else 1))
+            divisors.append(divisor)
+            least.append(-(-smallest // divisor) * divisor)
+        return tuple(divisors), tuple(least)
 
     def check_size(self, height: int, width: int) -> None:
         """Raises ValueError unless images of height × width pixels fit all levels."""
         problems = []
-        for axis, (name, size) in enumerate((("height", height), ("width", width))):
-            divisor, smallest = 1, 1
-            for i, level in enumerate(self.levels):
-                token = self.patch_size[axis] * 2**i
-                divisor = math.lcm(divisor, token * (level.window_size if level.type == "shifted_window" else 1))
-                smallest = max(smallest, token * (level.kernel_size if level.type == "neighborhood" else 1))
-            smallest = -(-smallest // divisor) * divisor
+        for name, size, divisor, smallest in zip(("height", "width"), (height, width), *self.size_rule, strict=True):
             if size % divisor or size < smallest:
                 below, above = size // divisor * divisor, -(-size // divisor) * divisor
                 nearest = sorted({max(below, smallest), max(above, smallest)})
@@ -625,6 +713,52 @@ class HDiTModel(CarriesCode, ModelMixin, ConfigMixin, PeftAdapterMixin):
                 )
         if problems:
             raise ValueError(f"This model can't process {height}×{width} images: {'; '.join(problems)}.")
+
+    def set_gradient_checkpointing_levels(self, levels: Sequence[int]) -> None:
+        """
+        Recomputes only these levels' blocks in the backward pass (0 is the outermost, where most of the memory goes);
+        an empty list recomputes none. `enable_gradient_checkpointing()` is for all levels.
+
+        Raises:
+            ValueError: for a level that the model does not have.
+        """
+        if not set(levels) <= set(range(len(self.levels))):
+            raise ValueError(f"this model has the levels 0 to {len(self.levels) - 1}; got {list(levels)}.")
+        if levels:
+            self.enable_gradient_checkpointing()
+        else:
+            self.disable_gradient_checkpointing()
+        self.checkpointed_levels = frozenset(levels)
+
+    def check_conditioning_image(self, sample: Tensor, conditioning_image: Tensor | None) -> None:
+        channels = self.config.conditioning_channels
+        expected = (sample.shape[0], channels, *sample.shape[-2:]) if channels else None
+        given = None if conditioning_image is None else tuple(conditioning_image.shape)
+        if given != expected:
+            raise ValueError(
+                f"conditioning_image must {f'have shape {expected}' if expected else 'be left out'} for this model with "
+                f"conditioning_channels={channels}, got {'none' if given is None else given}."
+            )
+
+    def enable_cache(self, config) -> None:
+        """
+        Caches what the middle level computes, by one of Diffusers' methods (`FirstBlockCacheConfig`,
+        `TaylorSeerCacheConfig`, ...), for the steps of a pipeline. The outer levels always run.
+
+        Raises:
+            ValueError: for a middle level of fewer than two blocks, which has nothing to skip.
+        """
+        # Not at import: this makes Diffusers import all of its transformers.
+        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+        if len(self.transformer_blocks) < 2:
+            raise ValueError(
+                f"the middle level has {len(self.transformer_blocks)} blocks; caching needs two or more, because the "
+                "first one always runs."
+            )
+        metadata = TransformerBlockMetadata(return_hidden_states_index=0)
+        TransformerBlockRegistry.register(type(self.transformer_blocks[0]), metadata)
+        super().enable_cache(config)
 
     def set_neighborhood_backend(self, backend: str) -> None:
         """
@@ -652,110 +786,3 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """What `from_pretrained(torch_dtype=dtype)` does: parameters are cast, the fixed Fourier projections are not."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading the configuration
-
-
-@dataclass
-class Level:
-    """One level of the hourglass, all defaults filled in. `heads` is 0 where there is no attention."""
-
-    width: int
-    depth: int
-    ff_width: int
-    type: str
-    head_dim: int
-    kernel_size: int
-    window_size: int
-    dropout: float
-
-    @property
-    def heads(self) -> int:
-        return 0 if self.type == "none" else self.width // self.head_dim
-
-    def make_blocks(self, cond_dim: int, first_index: int = 0) -> nn.ModuleList:
-        if self.type == "none":
-            return nn.ModuleList(
-                [HDiTFeedForwardBlock(self.width, self.ff_width, cond_dim, self.dropout) for _ in range(self.depth)]
-            )
-        kinds = [
-            make_attention_kind(self.type, self.kernel_size, self.window_size, first_index + i)
-            for i in range(self.depth)
-        ]
-        return nn.ModuleList(
-            [
-                HDiTTransformerBlock(self.width, self.ff_width, cond_dim, self.head_dim, kind, self.dropout)
-                for kind in kinds
-            ]
-        )
-
-    def check(self, index: int) -> None:
-        where = f"level {index}"
-        if self.type not in ATTENTION_TYPES:
-            raise ValueError(
-                f"attention_types[{index}] is {self.type!r}; allowed are {', '.join(map(repr, ATTENTION_TYPES))}."
-            )
-        if self.width < 1 or self.depth < 0 or self.ff_width < 1:
-            raise ValueError(
-                f"{where}: width and feed-forward width must be positive and the depth not negative; got width "
-                f"{self.width}, feed-forward width {self.ff_width}, depth {self.depth}."
-            )
-        if self.type == "none":
-            return
-        if self.head_dim < 8 or self.head_dim % 8 or self.width % self.head_dim:
-            raise ValueError(
-                f"{where}: attention_head_dim {self.head_dim} must be a multiple of 8 that divides the width {self.width}."
-            )
-        if self.type == "neighborhood" and (self.kernel_size < 1 or self.kernel_size % 2 == 0):
-            raise ValueError(f"{where}: kernel_size must be odd and positive, got {self.kernel_size}.")
-        if self.type == "shifted_window" and self.window_size < 1:
-            raise ValueError(f"{where}: window_size must be positive, got {self.window_size}.")
-
-
-def resolve_levels(
-    widths, depths, ff_widths, attention_types, attention_head_dim, kernel_size, window_size, dropout
-) -> list[Level]:
-    """Checks the per-level arguments of `HDiTModel` against each other and fills in the defaults."""
-    count = len(widths)
-    if count == 0:
-        raise ValueError("widths is empty; a model needs at least one level.")
-
-    def per_level(name: str, value) -> list:
-        if not isinstance(value, (list, tuple)):
-            return [value] * count
-        if len(value) != count:
-            raise ValueError(
-                f"{name} has {len(value)} entries, but widths has {count}: {name}={list(value)}, widths={list(widths)}. "
-                f"Give one entry a level."
-            )
-        return list(value)
-
-    if ff_widths is None:
-        ff_widths = [3 * width for width in widths]
-    if attention_types is None:
-        attention_types = ["neighborhood"] * (count - 1) + ["global"]
-    if isinstance(attention_types, str):
-        attention_types = [attention_types] * count
-    columns = {
-        "widths": widths,
-        "depths": depths,
-        "ff_widths": ff_widths,
-        "attention_types": attention_types,
-        "attention_head_dim": attention_head_dim,
-        "kernel_size": kernel_size,
-        "window_size": window_size,
-        "dropout": dropout,
-    }
-    levels = [Level(*row) for row in zip(*(per_level(name, value) for name, value in columns.items()), strict=True)]
-    for i, level in enumerate(levels):
-        level.check(i)
-    return levels
-
-
-def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    height, width = (value, value) if isinstance(value, int) else value
-    if height < 1 or width < 1:
-        raise ValueError(f"{name} must be positive, got {value}.")
-    return height, width

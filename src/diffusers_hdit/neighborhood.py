@@ -86,6 +86,31 @@ def neighborhood_attention(
     return _IMPLEMENTATIONS[backend](query, key, value, kernel, scale)
 
 
+def sliding_window_attention(
+    query: Tensor, key: Tensor, value: Tensor, kernel_size: int | tuple[int, int], scale: float | None = None
+) -> Tensor:
+    """Attend from every token to the `kh x kw` window centred on it (Ramachandran et al. 2019, arXiv 1906.05909).
+
+    The window of token `(i, j)` is rows `i - kh // 2` to `i + kh // 2` and columns `j - kw // 2` to `j + kw // 2`, as
+    far as they are in the grid: near a border it shrinks, where that of `neighborhood_attention` moves. Computed on
+    tiles with halos; the window may be larger than the grid.
+
+    Args:
+        query, key, value: `(B, h, w, n, d)`, any strides, one dtype and device.
+        kernel_size: window `k` or `(kh, kw)` in tokens, odd.
+        scale: factor on the scores before the softmax; `None` is `d ** -0.5`.
+
+    Returns:
+        `(B, h, w, n, d)`.
+
+    Raises:
+        ValueError: for tensors that are not `(B, h, w, n, d)` of one shape, and a window that is even.
+    """
+    kernel = _checked_kernel(query, key, value, kernel_size, inside=False)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _tiled(query, key, value, kernel, scale, _centred_start)
+
+
 def unavailable_reason(
     backend: str,
     *,
@@ -122,7 +147,9 @@ def unavailable_reason(
     return f"Neighborhood attention backend {backend!r} cannot run here: {problem}. Use 'auto' or 'tiled' instead."
 
 
-def _checked_kernel(query: Tensor, key: Tensor, value: Tensor, kernel_size: int | tuple[int, int]) -> tuple[int, int]:
+def _checked_kernel(
+    query: Tensor, key: Tensor, value: Tensor, kernel_size: int | tuple[int, int], inside: bool = True
+) -> tuple[int, int]:
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if query.ndim != 5:
         raise ValueError(f"Expected tensors of shape (B, h, w, n, d), got {shapes}; reshape them to five dimensions.")
@@ -135,7 +162,7 @@ def _checked_kernel(query: Tensor, key: Tensor, value: Tensor, kernel_size: int 
             "an even window has no middle, choose the next odd size."
         )
     h, w = query.shape[1:3]
-    if kernel[0] > h or kernel[1] > w:
+    if inside and (kernel[0] > h or kernel[1] > w):
         raise ValueError(
             f"kernel_size {kernel} is larger than the {h}x{w} grid of tokens; "
             "use a smaller window, a larger image, or global attention."
@@ -146,6 +173,12 @@ def _checked_kernel(query: Tensor, key: Tensor, value: Tensor, kernel_size: int 
 def _window_start(index: Tensor, kernel: int, length: int) -> Tensor:
     """First key that the query at `index` sees along an axis of `length` tokens."""
     return (index - kernel // 2).clamp(0, length - kernel)
+
+
+def _centred_start(index: Tensor, kernel: int, length: int) -> Tensor:
+    """The same for a window that stays centred; negative where it reaches over the border."""
+    # Queries that only fill up a tile see what the last one sees: a softmax over no keys would be NaN.
+    return index.clamp(max=length - 1) - kernel // 2
 
 
 # ---- Plans: what depends on sizes only ----
@@ -182,7 +215,9 @@ _OPERATORS = re.sub("[^0-9A-Za-z_]", "_", __name__)
 # ---- tiled ----
 
 
-def _axis_halos(length: int, kernel: int, tile: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _axis_halos(
+    length: int, kernel: int, tile: int, device: torch.device, start: Callable = _window_start
+) -> tuple[Tensor, Tensor]:
     """Keys `(tiles, halo)` of each tile along one axis, and which of them `(tiles, tile, halo)` each query sees."""
     halo = tile + kernel - 1
     if halo > length:  # not min(): a traced graph keeps the constant for all lengths of one side
@@ -190,14 +225,16 @@ def _axis_halos(length: int, kernel: int, tile: int, device: torch.device) -> tu
     first = torch.arange(-(-length // tile), device=device)[:, None] * tile
     query = first + torch.arange(tile, device=device)
     key = (first - kernel // 2).clamp(0, length - halo) + torch.arange(halo, device=device)
-    offset = key[:, None, :] - _window_start(query, kernel, length)[:, :, None]
+    offset = key[:, None, :] - start(query, kernel, length)[:, :, None]
     return key, (offset >= 0) & (offset < kernel)
 
 
-def _tiled_plan(h: int, w: int, kh: int, kw: int, th: int, tw: int, dtype: torch.dtype, device: torch.device):
+def _tiled_plan(
+    h: int, w: int, kh: int, kw: int, th: int, tw: int, dtype: torch.dtype, device: torch.device, start: Callable
+):
     """Flat key indices `(T * hh * hw)` and additive mask `(T, 1, th * tw, hh * hw)`."""
-    rows, sees_rows = _axis_halos(h, kh, th, device)
-    cols, sees_cols = _axis_halos(w, kw, tw, device)
+    rows, sees_rows = _axis_halos(h, kh, th, device, start)
+    cols, sees_cols = _axis_halos(w, kw, tw, device, start)
     keys = (rows[:, None, :, None] * w + cols[None, :, None, :]).flatten()
     sees = sees_rows[:, None, :, None, :, None] & sees_cols[None, :, None, :, None, :]  # R, C, th, tw, hh, hw
     sees = sees.flatten(4, 5).flatten(2, 3).flatten(0, 1)[:, None]
@@ -256,10 +293,17 @@ def _sum_gradient(ctx, gradient: Tensor) -> tuple[Tensor, None]:
 _opaque_gather.register_autograd(_sum_gradient, setup_context=_keep_index)
 
 
-def _tiled(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], scale: float) -> Tensor:
+def _tiled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel: tuple[int, int],
+    scale: float,
+    start: Callable = _window_start,
+) -> Tensor:
     b, h, w, n, d = query.shape
     th, tw = (tile if tile < length else length for tile, length in zip(_TILE, (h, w), strict=True))
-    keys, bias = _plan(_tiled_plan, query, h, w, *kernel, th, tw, query.dtype, query.device)
+    keys, bias = _plan(_tiled_plan, query, h, w, *kernel, th, tw, query.dtype, query.device, start)
 
     def halos(x: Tensor) -> Tensor:
         # Tokens first: one gather of whole (B, n, d) rows, and its transpose needs no second copy.

@@ -5,6 +5,7 @@ python -m diffusers_hdit.profile --preset ffhq-1024 [--resolution N]
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,24 +41,29 @@ class ModelProfile:
         return sum(level.macs for level in self.levels)
 
 
-def profile_model(config: dict, resolution: int | tuple[int, int] | None = None) -> ModelProfile:
+def profile_model(
+    config: dict, resolution: int | tuple[int, int] | None = None, checkpointed_levels: Sequence[int] = ()
+) -> ModelProfile:
     """
     Counts what a forward pass of one image costs.
 
     A multiply-accumulate of a linear layer or of an attention product counts as one (the "GFLOP" of the paper's table
     7 are these); an attention product is counted for the keys that a query attends to, not for those a kernel loads
-    besides. Activations are the tensors that autograd keeps for the backward pass in bfloat16, gradient checkpointing
-    off, as PyTorch's own bookkeeping reports them for a pass with fake tensors on the CPU.
+    besides. Activations are the tensors that autograd keeps for the backward pass in bfloat16, as PyTorch's own
+    bookkeeping reports them for a pass with fake tensors on the CPU.
 
     Args:
         config: arguments of `HDiTModel`.
         resolution: pixels, one number or (height, width); by default the model's sample_size.
+        checkpointed_levels: levels of which only the blocks' inputs are kept (gradient checkpointing).
 
     Raises:
         ValueError: for a configuration or a resolution that does not fit.
     """
     with FakeTensorMode():
-        return _profile(HDiTModel(**config), resolution)
+        model = HDiTModel(**config)
+        model.set_gradient_checkpointing_levels(checkpointed_levels)
+        return _profile(model, resolution)
 
 
 def _profile(model: HDiTModel, resolution: int | tuple[int, int] | None) -> ModelProfile:
@@ -77,8 +83,9 @@ def _profile(model: HDiTModel, resolution: int | tuple[int, int] | None) -> Mode
         elif part == "conditioning":
             level, row = None, conditioning
         else:
-            # A merge and a split see the tokens of the inner of their two levels.
-            level, row = index + (part in ("merges", "splits") and bool(rest)), between
+            # A merge and a split see the tokens of the inner of their two levels, what mixes skips those of the outer.
+            inner = part in ("merges", "splits") and bool(rest) and rest[-1] != "mix"
+            level, row = index + inner, between
         row.parameters += sum(p.numel() for p in module.parameters(recurse=False))
         if isinstance(module, nn.Linear):
             # The conditioning, and its projections in the adaptive norms, are there once for an image.
@@ -86,7 +93,7 @@ def _profile(model: HDiTModel, resolution: int | tuple[int, int] | None) -> Mode
             row.macs += module.weight.numel() * tokens
         if isinstance(module, HDiTAttention):
             # Scores, and their product with the values.
-            macs = 2 * row.tokens * module.kind.keys_per_query(*grids[level]) * module.to_q.out_features
+            macs = 2 * module.kind.query_key_pairs(*grids[level]) * module.to_q.out_features
             row.macs += macs
             row.attention_macs += macs
     return ModelProfile([*rows, between, conditioning], activation_bytes(model, height, width))
@@ -105,9 +112,18 @@ def activation_bytes(model: HDiTModel, height: int, width: int) -> int:
             kept[storage._cdata] = (storage.nbytes(), storage)
         return tensor
 
+    def keep_input(block, inputs):
+        keep(inputs[0])
+
+    # Checkpointing keeps a block's input without autograd's knowing.
+    for blocks in (*model.down_blocks, model.transformer_blocks, *model.up_blocks):
+        for block in blocks if model.gradient_checkpointing else ():
+            block.register_forward_pre_hook(keep_input)
     sample = torch.empty(1, model.config.in_channels, height, width, dtype=torch.bfloat16)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(sample, torch.zeros(1))
+        channels = model.config.conditioning_channels
+        conditioning = {"conditioning_image": sample.new_empty(1, channels, height, width)} if channels else {}
+        model(sample, torch.zeros(1), **conditioning)
     return sum(size for size, _ in kept.values())
 
 
