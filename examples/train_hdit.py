@@ -4,17 +4,18 @@
 
 A config is a JSON object whose keys are the flags below, plus "model": arguments of HDiTModel, and "scheduler":
 sigma_min, sigma_max, sigma_data. Flags win over the config, the config over the preset. DIR gets the pipeline with the
-averaged (EMA) weights, checkpoint-STEP folders to resume from, and samples/ with pictures on the way.
+averaged (EMA) weights, checkpoint-STEP folders, samples/ with pictures on the way, and metrics.jsonl. Interrupted, the
+same command goes on where the run was.
 """
 
 import argparse
 import functools
-import inspect
 import json
 import math
 import os
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -22,154 +23,20 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, parse_flag_from_env, set_seed
-from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel
-from torch.utils.data import DataLoader
+from accelerate.utils import DistributedType, ProjectConfiguration, is_tensorboard_available, parse_flag_from_env
+from diffusers.optimization import get_scheduler
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffusers_hdit import HDiTModel, diffusion, presets, training
-from diffusers_hdit.data import ImageDataset, ShuffledBatches, load_images, to_float
-from diffusers_hdit.ema import ema_weights, make_ema
+from diffusers_hdit import HDiTModel, checkpoints, training
+from diffusers_hdit.data import Buckets, load_images, make_loader
+from diffusers_hdit.ema import Averages, save_snapshot
+from diffusers_hdit.training_args import SETTINGS, parse_args
+from diffusers_hdit.watch import LossBySigma, MetricsFile, StepRecord, Stopwatch, TrainingDiverged, Watch
 
 
 # The faces that come with the project, to try everything with.
 EMBEDDED_DATASETS = {"fluent-faces": Path(__file__).parent / "data" / "fluent_faces_64.png"}
-POSITIVE = ("resolution", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs",
-            "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "num_validation_images")  # fmt: skip
-# A checkpoint brings these with it, so that another value would change nothing.
-KEPT_BY_A_CHECKPOINT = ("learning_rate", "mapping_lr_scale", "lr_scheduler", "adam_beta1", "adam_beta2", "adam_epsilon",
-                        "adam_weight_decay", "ema_decay")  # fmt: skip
-LOG_EVERY = 10  # steps; each look at the loss makes an accelerator wait
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, yes_no = parser.add_argument, argparse.BooleanOptionalAction
-    add("--config", help="JSON file with any of these flags")
-    add("--preset", choices=presets.names(), help="model and training settings to start from")
-    add("--output_dir", required=True, help="folder for the result; new, empty, or resumed")
-
-    data = parser.add_argument_group("data").add_argument
-    data("--train_data_dir", help="folder of images; its sub-folders are the classes if --label_column is given")
-    data("--dataset_name", help="a Hugging Face dataset (Hub or local folder), or fluent-faces, which comes with this")
-    data("--dataset_config_name")
-    data("--cache_dir")
-    data("--image_column", default="image")
-    data("--label_column", help="train with class labels from this column")
-    data("--resolution", type=int, nargs="+", help="one number, or height and width; default: the model's sample_size")
-    data("--center_crop", action=yes_no, default=False, help="crop the middle instead of a random place")
-    data("--random_flip", action=yes_no, default=False, help="mirror half of the images")
-    data("--dataloader_num_workers", type=int, default=0)
-
-    run = parser.add_argument_group("training").add_argument
-    run("--train_batch_size", type=int, default=16, help="images a step and device")
-    run("--gradient_accumulation_steps", type=int, default=1)
-    run("--max_train_steps", type=int, help="optimizer steps; wins over --num_train_epochs")
-    run("--num_train_epochs", type=int, default=100)
-    run("--learning_rate", type=float, default=5e-4)
-    run("--mapping_lr_scale", type=float, default=1 / 3, help="learning rate of the mapping network, relative")
-    run("--lr_scheduler", choices=[s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT],
-        default="constant_with_warmup")  # fmt: skip
-    run("--lr_warmup_steps", type=int, default=100)
-    run("--adam_beta1", type=float, default=0.9)
-    run("--adam_beta2", type=float, default=0.95)
-    run("--adam_weight_decay", type=float, default=0.01)
-    run("--adam_epsilon", type=float, default=1e-8)
-    run("--max_grad_norm", type=float, default=1.0)
-    run("--ema_decay", type=float, default=0.9999)
-    run("--noise_density", choices=list(diffusion.DENSITIES), default="cosine-interpolated")
-    run("--loss_weighting", choices=list(diffusion.WEIGHTINGS), default="soft-min-snr")
-    run("--label_dropout", type=float, default=0.1, help="share of labels left out, for classifier-free guidance")
-    run(
-        "--mixed_precision", choices=["auto", "no", "bf16", "fp16"], default="auto", help="auto: bf16 where it is fast"
-    )
-    run("--allow_tf32", action=yes_no, default=True)
-    run("--gradient_checkpointing", action=yes_no, default=False, help="less memory, about a third more time")
-    run("--compile", action=yes_no, default=False, help="torch.compile the model")
-    run("--seed", type=int, default=0)
-
-    out = parser.add_argument_group("saving and looking").add_argument
-    out("--checkpointing_steps", type=int, default=5000)
-    out("--checkpoints_total_limit", type=int, help="keep only the newest ones")
-    out("--resume_from_checkpoint", help="'latest', or a checkpoint folder")
-    out("--validation_steps", type=int, default=5000, help="draw pictures every so many steps")
-    out("--num_validation_images", type=int, default=16)
-    out("--report_to", default="none", help="tensorboard, wandb, ... (accelerate's trackers), or none")
-    out("--logging_dir", default="logs", help="inside the output folder")
-
-    hub = parser.add_argument_group("Hugging Face Hub").add_argument
-    hub("--push_to_hub", action=yes_no, default=False, help="push the pipeline, in the background, at each validation")
-    hub("--hub_model_id", help="USER/NAME; default: the name of the output folder")
-    hub("--hub_token", help="default: the one of `hf auth login`, or HF_TOKEN")
-    hub("--hub_private_repo", action=yes_no, default=None, help="make the repository a private one")
-    return parser
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags over the config file over the preset; `args.model` and `args.scheduler` are complete afterwards."""
-    parser = make_parser()
-    first, _ = parser.parse_known_args(argv)
-    config = read_config(parser, first.config) if first.config else {}
-    name = first.preset or config.get("preset")
-    if name is not None and name not in presets.names():
-        parser.error(f"there is no preset {name!r}; the presets are {', '.join(presets.names())}.")
-    preset = presets.load(name) if name else {"model": {}, "scheduler": {}, "training": {}}
-    model, scheduler = ({**preset[key], **config.pop(key, {})} for key in ("model", "scheduler"))
-    parser.set_defaults(**{**preset["training"], **config})
-    args = parser.parse_args(argv)
-    check_args(parser, args)
-    unknown = sorted(set(model) - set(inspect.signature(HDiTModel.__init__).parameters))
-    if unknown:
-        parser.error(f'the config\'s "model" has unknown keys: {", ".join(unknown)}.')
-    if model.get("mapping_cond_dim") or model.get("out_channels") not in (None, model.get("in_channels", 3)):
-        parser.error("this script trains models with as many output as input channels and without a mapping_cond.")
-    if (args.train_data_dir is None) == (args.dataset_name is None):
-        parser.error("give either --train_data_dir or --dataset_name.")
-    hub_flags = [name for name in ("hub_model_id", "hub_token", "hub_private_repo") if getattr(args, name)]
-    if hub_flags and not args.push_to_hub:
-        parser.error(f"--{hub_flags[0]} does nothing without --push_to_hub.")
-    args.model = {"sample_size": 256, **model}
-    args.scheduler = {"sigma_min": 0.01, "sigma_max": 160.0, "sigma_data": 0.5, **scheduler}
-    args.sigma_data = args.scheduler["sigma_data"]
-    if args.resolution:
-        args.model["sample_size"] = args.resolution[0] if len(args.resolution) == 1 else args.resolution
-    return args
-
-
-def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """What argparse does not check: that counts are positive, and the types of values from a config file."""
-    if isinstance(args.resolution, int):
-        args.resolution = [args.resolution]
-    for action in parser._actions:
-        name, value = action.dest, getattr(args, action.dest, None)
-        if value is None:
-            continue
-        kinds = {int: ("a whole number", int), float: ("a number", (int, float))}
-        wanted, kind = kinds.get(action.type, ("a text", str))
-        if isinstance(action, argparse.BooleanOptionalAction):
-            wanted, kind = "true or false", bool
-        values = value if name == "resolution" and isinstance(value, list) else [value]
-        if not all(isinstance(v, kind) and (kind is bool or not isinstance(v, bool)) for v in values):
-            parser.error(f"{name} must be {wanted}, got {value!r}.")
-        if action.choices is not None and value not in action.choices:
-            parser.error(f"{name} must be one of {', '.join(map(str, action.choices))}; got {value!r}.")
-        if name in POSITIVE and min(values) < 1:
-            parser.error(f"{name} must be at least 1, got {value!r}.")
-    if args.resolution is not None and len(args.resolution) not in (1, 2):
-        parser.error(f"resolution must be one number, or height and width; got {args.resolution}.")
-
-
-def read_config(parser: argparse.ArgumentParser, path: str) -> dict:
-    try:
-        config = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        parser.error(f"--config {path!r} is not a readable JSON file: {error}")
-    known = {action.dest for action in parser._actions} - {"config", "help"} | {"model", "scheduler"}
-    unknown = sorted(set(config) - known)
-    if unknown:
-        parser.error(f"--config {path!r} has unknown keys: {', '.join(unknown)}. Allowed: {', '.join(sorted(known))}.")
-    return config
 
 
 @dataclass
@@ -178,16 +45,24 @@ class Run:
 
     args: argparse.Namespace
     accelerator: Accelerator
-    dataset: ImageDataset
+    dataset: torch.utils.data.Dataset
     network: HDiTModel  # bare
     model: torch.nn.Module  # the same, as accelerate wraps it
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    ema: EMAModel
+    averages: Averages
+    watch: Watch
+    loss_by_sigma: LossBySigma
+    validation_conditions: dict[str, Tensor]
     global_batch: int
     total_steps: int
+    order: str = ""  # what the order of the images is drawn from
     step: int = 0
     images_seen: int = 0
+    resumed_at: int = 0  # step
+    unsaved: bool = False  # a checkpoint is due
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    metrics: MetricsFile | None = None
     # What only the model card asks for: the mean loss of the last `averaged` steps, when this part of the training
     # began, the parts before it (None if a checkpoint did not say), and what pushes.
     loss: float | None = None
@@ -197,8 +72,14 @@ class Run:
     pusher: training.BackgroundPush | None = None
 
     @property
+    def output_dir(self) -> Path:
+        return Path(self.args.output_dir)
+
+    @property
     def parts(self) -> list[dict] | None:
         """Hardware and seconds of each uninterrupted part of the training."""
+        if self.step == self.resumed_at:
+            return self.earlier_parts
         part = {
             "hardware": training.describe_hardware(self.accelerator),
             "seconds": time.perf_counter() - self.began,
@@ -208,184 +89,318 @@ class Run:
     @property
     def settings(self) -> dict:
         """What must not change when a checkpoint is resumed."""
-        settings = {"seed": self.args.seed, "images": len(self.dataset)}
-        settings.update((name, getattr(self.args, name)) for name in KEPT_BY_A_CHECKPOINT)
-        model = json.loads(self.network.to_json_string())
-        settings.update((f"model.{name}", value) for name, value in model.items() if not name.startswith("_"))
-        return settings
-
-    def batches(self) -> ShuffledBatches:
-        return ShuffledBatches(
-            len(self.dataset),
-            self.args.train_batch_size,
-            self.args.seed,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-            start=self.images_seen,
-            crops=not self.args.center_crop,
-        )
+        settings = {name: getattr(self.args, name) for name in SETTINGS}
+        settings |= {"data": self.dataset.identity, "order": self.order, "global_batch": self.global_batch}
+        settings["mixed_precision"] = self.accelerator.mixed_precision
+        if not self.args.lr_scheduler.startswith("constant"):
+            settings["lr_schedule_steps"] = self.total_steps
+        model = {name: value for name, value in self.network.config.items() if not name.startswith("_")}
+        settings.update((f"model.{name}", value) for name, value in model.items())
+        return json.loads(json.dumps(settings))  # as they come back from a file: lists, not tuples
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = parse_args(argv, __doc__)
     # Everything that can be refused is refused here, before anything is written or computed for long.
-    checkpoint = training.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     with torch.device("meta"):
-        resolution = HDiTModel(**args.model).sample_size
+        HDiTModel(**args.model)
     training.make_scheduler(args.scheduler)
     accelerator = make_accelerator(args)
-    run = prepare(args, accelerator, open_dataset(args, accelerator, resolution))
-    run.batches()
-
+    find = functools.partial(checkpoints.find_checkpoint, args.output_dir, args.resume_from_checkpoint)
+    checkpoint = checkpoints.on_main(accelerator, find, errors=(ValueError, OSError))  # it reads whole files
+    run = prepare(args, accelerator, open_dataset(args, accelerator))
+    loader = open_loader(run)
     if checkpoint is not None:
-        progress = training.load_checkpoint(accelerator, checkpoint, run.settings)
-        run.step, run.images_seen = progress["step"], progress["images_seen"]
-        run.earlier_parts = progress.get("parts")
-        run.ema.to(accelerator.device)
-        accelerator.print(f"Going on from {checkpoint}: step {run.step}, {run.images_seen:,} images seen.")
+        resume(run, checkpoint)
+        loader = open_loader(run)
+    accelerator.print(training.plan(run, checkpoint))
+    if args.dry_run:
+        return
     if args.push_to_hub and accelerator.is_main_process:
         run.pusher = training.make_pusher(args)
-    parameters, classes = sum(p.numel() for p in run.network.parameters()), run.network.config.num_classes
-    accelerator.print(
-        f"{parameters / 1e6:.1f}M parameters, {len(run.dataset):,} images at {resolution[0]}×{resolution[1]}"
-        f"{f' in {classes} classes' if classes else ''}, {run.total_steps:,} steps of {run.global_batch} images, "
-        f"precision {accelerator.mixed_precision}."
-    )
-    if accelerator.is_main_process:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        (Path(args.output_dir) / "training_args.json").write_text(
-            json.dumps({name: value for name, value in vars(args).items() if name != "hub_token"}, indent=2)
-        )
-    accelerator.init_trackers("train_hdit")
+    open_logs(run)
 
-    train(run)
-    save_samples(run, "final")
-    if accelerator.is_main_process:
-        save_pipeline(run, Path(args.output_dir), "final")
-        print(f"Saved the pipeline. HDiTPipeline.from_pretrained({args.output_dir!r}) draws images with it.")
-    if run.pusher is not None:
-        commit = run.pusher.finish(args.output_dir, f"End of training, {run.step} steps")
-        if commit is not None:
-            print(f"Pushed it to {commit.commit_url}")
+    try:
+        finished = train(run, loader)
+    except TrainingDiverged as error:
+        good = checkpoints.on_main(accelerator, functools.partial(checkpoints.last_good, args.output_dir))
+        sys.exit(
+            f"error: {error}\n"
+            + (f"The last good checkpoint is {good}." if good else "There was no good checkpoint yet.")
+            + " A lower --learning_rate is the usual remedy: in another --output_dir, with --resume_from_checkpoint."
+        )
+    if finished:
+        finish(run)
+    # Also because PyTorch's gloo must not be taken down while its thread still lets go of a collective's tensors: both
+    # would wait for Python's lock for ever.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
-def prepare(args: argparse.Namespace, accelerator: Accelerator, dataset: ImageDataset) -> Run:
-    set_seed(args.seed)
-    network = HDiTModel(**{**args.model, "num_classes": len(dataset.id2label) if dataset.id2label else None})
-    if args.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
+def prepare(args: argparse.Namespace, accelerator: Accelerator, dataset) -> Run:
+    torch.manual_seed(args.seed)  # all processes begin with the same weights
+    conditions = dataset.condition_columns
+    network = HDiTModel(
+        **{
+            **args.model,
+            "num_classes": len(dataset.id2label) if dataset.id2label else None,
+            "mapping_cond_dim": len(conditions["names"]) + 1 if conditions else 0,
+        }
+    )
+    network.set_gradient_checkpointing_levels(args.checkpointed_levels)
     if args.compile:
         network.compile()
-    optimizer = torch.optim.AdamW(
-        training.parameter_groups(network, args.learning_rate, args.adam_weight_decay, args.mapping_lr_scale),
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        fused=accelerator.device.type in ("cuda", "cpu"),
-    )
+    optimizer = training.make_optimizer(network, args, accelerator.device)
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(dataset) / global_batch)
     # Not prepared: accelerate would step a prepared scheduler once for every process.
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, total_steps)
+    training.adapt_plugins(accelerator, network, args)
     model, optimizer = accelerator.prepare(network, optimizer)
-    ema = make_ema(network, args.ema_decay)
-    accelerator.register_for_checkpointing(lr_scheduler, ema)
-    return Run(args, accelerator, dataset, network, model, optimizer, lr_scheduler, ema, global_batch, total_steps)
-
-
-def train(run: Run) -> None:
-    """From where the run stands to its last step, with checkpoints and pictures on the way."""
-    args, accelerator = run.args, run.accelerator
-    loader = DataLoader(
-        run.dataset,
-        batch_sampler=run.batches(),
-        num_workers=args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
+    model.train()
+    return Run(
+        args,
+        accelerator,
+        dataset,
+        network,
+        model,
+        optimizer,
+        lr_scheduler,
+        Averages(network, args.ema_decay, args.ema_lengths, **training.master_weights(accelerator)),
+        Watch(accelerator.num_processes),
+        LossBySigma(accelerator.device),
+        training.validation_conditions(dataset, args.num_validation_images, args),
+        global_batch,
+        total_steps,
     )
-    progress_bar = tqdm(total=run.total_steps, initial=run.step, disable=not accelerator.is_main_process, unit="step")
-    batches, losses, started = iter(loader), [], time.perf_counter()
-    run.began = started
-    run.model.train()
-    while run.step < run.total_steps:
-        losses.append(train_step(run, batches))
-        progress_bar.update()
-        validating = run.step % args.validation_steps == 0
-        if run.step % LOG_EVERY == 0 or validating or run.step == run.total_steps:
-            run.loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
-            run.averaged = len(losses)
-            rate = run.averaged * run.global_batch / (time.perf_counter() - started)
-            lr = run.lr_scheduler.get_last_lr()[0]
-            progress_bar.set_postfix_str(f"loss {run.loss:.4f}, lr {lr:.1e}, {rate:.0f} images/s")
-            accelerator.log({"loss": run.loss, "lr": lr, "images_per_second": rate}, step=run.step)
-            losses, started = [], time.perf_counter()
-        if run.step % args.checkpointing_steps == 0 or run.step == run.total_steps:
-            progress = {"step": run.step, "images_seen": run.images_seen, "settings": run.settings, "parts": run.parts}
-            training.save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit)
-        if validating and run.step < run.total_steps:
-            save_samples(run, f"step-{run.step:07d}")
-            if run.pusher is not None:
-                save = functools.partial(save_pipeline, run, samples=f"step-{run.step:07d}")
-                run.pusher.push(save, f"Step {run.step} of {run.total_steps}")
-            started = time.perf_counter()
-    progress_bar.close()
 
 
-def train_step(run: Run, batches: Iterator[dict]) -> torch.Tensor:
-    """One optimizer step on the next global batch; returns this process's mean loss, still on the device."""
+def resume(run: Run, checkpoint: Path) -> None:
+    is_fork = checkpoint.resolve().parent != run.output_dir.resolve()
+    may_differ = checkpoints.FORKS_MAY_CHANGE if is_fork else ()
+    parts = {"model": run.model, "optimizer": run.optimizer, "averages": run.averages}
+    progress = checkpoints.load_checkpoint(run.accelerator, checkpoint, run.settings, may_differ, **parts)
+    run.step, run.images_seen = progress["step"], progress["images_seen"]
+    run.resumed_at, run.earlier_parts = run.step, progress["parts"]
+    run.loss, run.averaged = progress["loss"], progress["averaged"]
+    training.set_schedule(run.lr_scheduler, run.step)
+    run.watch.load_state_dict(progress["watch"])
+    if run.accelerator.is_main_process:
+        run.loss_by_sigma.load_state(progress["loss_by_sigma"])
+
+
+def open_loader(run: Run):
+    args = run.args
+    loader = make_loader(
+        run.dataset,
+        batch_size=args.train_batch_size,
+        seed=args.seed,
+        rank=run.accelerator.process_index,
+        world_size=run.accelerator.num_processes,
+        micro_steps=args.gradient_accumulation_steps,
+        start=run.images_seen,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=run.accelerator.device.type == "cuda",
+    )
+    run.order = loader.batch_sampler.order
+    return loader
+
+
+def open_logs(run: Run) -> None:
     args, accelerator = run.args, run.accelerator
-    mean_loss = 0.0
+    if accelerator.is_main_process:
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        checkpoints.remove_leftovers(run.output_dir)
+        path = run.output_dir / "training_args.json"
+        known = {name: value for name, value in vars(args).items() if name != "hub_token"}
+        try:
+            known["run_id"] = json.loads(path.read_text())["run_id"]
+        except (OSError, ValueError, KeyError):
+            known["run_id"] = uuid.uuid4().hex
+        checkpoints.write_durably(path, json.dumps(known, indent=2))
+        run.metrics = MetricsFile(run.output_dir / "metrics.jsonl", run.step)
+        # A resumed run goes on in the same place.
+        wandb = {"id": known["run_id"], "resume": "allow", "dir": args.output_dir}
+        accelerator.init_trackers("train_hdit", init_kwargs={"wandb": wandb})
+
+
+def train(run: Run, loader) -> bool:
+    """From where the run stands to its last step, with checkpoints and pictures on the way; False if asked to stop."""
+    args, accelerator = run.args, run.accelerator
+    progress_bar = tqdm(total=run.total_steps, initial=run.step, disable=not accelerator.is_main_process, unit="step")
+    batches, run.began = iter(loader), time.perf_counter()
+    with training.StopRequest(accelerator) as stop, progress_bar:
+        if run.step:  # it may have ended between its checkpoint and these
+            save_extras(run)
+        run.stopwatch.reset()
+        while run.step < run.total_steps:
+            train_step(run, batches)
+            progress_bar.update()
+            stopping, last = stop.agreed(), run.step == run.total_steps
+            if run.step % args.logging_steps == 0 or last:
+                report(run, progress_bar)
+            with run.stopwatch.pause():
+                run.unsaved |= run.step % args.checkpointing_steps == 0 or stopping or last
+                if run.unsaved:
+                    save_checkpoint(run, whatever=stopping or last)
+                if stopping and not last:
+                    accelerator.print(f"\nStopped by {stop.name} after step {run.step}. {where_to_go_on(run)}")
+                    return False
+                save_extras(run)
+    if run.unsaved:
+        raise TrainingDiverged(f"the run ended with {run.watch.bad_in_row} bad steps in a row")
+    return True
+
+
+def save_extras(run: Run) -> None:
+    """Snapshots of averages, pictures and pushes that are due at this step."""
+    args = run.args
+    if args.ema_lengths and run.step % (args.ema_snapshot_steps or args.checkpointing_steps) == 0:
+        save_snapshot(run.averages, run.output_dir / "snapshots", run.step)
+    if run.step % args.validation_steps == 0 and run.step < run.total_steps:
+        save_samples(run, f"step-{run.step:07d}")
+        push_on_the_way(run)
+
+
+def train_step(run: Run, batches: Iterator[dict]) -> None:
+    """One optimizer step on the next global batch."""
+    args, accelerator = run.args, run.accelerator
+    strata = {
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+        "micro_steps": args.gradient_accumulation_steps,
+    }
+    done = []
     for micro_step in range(args.gradient_accumulation_steps):
-        batch = next(batches)
-        training.seed_step(args.seed, run.images_seen + accelerator.process_index * args.train_batch_size)
+        batch = run.stopwatch.wait_for(batches)
+        training.seed_dropout(args.seed, batch["number"][0].item())
         with accelerator.accumulate(run.model):
-            losses = training.draw_and_compute_loss(
+            losses, sigmas = training.draw_and_compute_loss(
                 run.model,
-                to_float(batch["image"].to(accelerator.device, non_blocking=True)),
-                batch["label"].to(accelerator.device, non_blocking=True) if "label" in batch else None,
+                batch,
+                accelerator.device,
                 num_classes=run.network.config.num_classes,
                 image_size=max(run.dataset.resolution),
-                strata={
-                    "rank": accelerator.process_index,
-                    "world_size": accelerator.num_processes,
-                    "micro_step": micro_step,
-                    "micro_steps": args.gradient_accumulation_steps,
-                },
+                strata={**strata, "micro_step": micro_step},
                 args=args,
+                autocast=accelerator.autocast,
             )
             accelerator.backward(losses.mean())
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
-            run.optimizer.step()
-            run.optimizer.zero_grad(set_to_none=True)
-        mean_loss = mean_loss + losses.detach().mean() / args.gradient_accumulation_steps
-        run.images_seen += run.global_batch // args.gradient_accumulation_steps
+        done.append((losses.detach(), sigmas, batch["index"]))
+    grad_norm = training.clip_gradients(accelerator, run.model, args.max_grad_norm)
+    losses, sigmas, indices = (torch.cat(values) for values in zip(*done, strict=True))
+    values = torch.stack((accelerator.reduce(losses.mean(), "mean"), grad_norm))
+    training.step_unless_bad(accelerator, run.optimizer, ~values.isfinite().all())
+    run.optimizer.zero_grad(set_to_none=True)
     run.lr_scheduler.step()
-    run.ema.step(run.network.parameters())
-    run.step += 1
-    return mean_loss
+    run.averages.step()
+    run.step, run.images_seen = run.step + 1, run.images_seen + run.global_batch
+    run.stopwatch.steps += 1
+    run.loss_by_sigma.add(sigmas, losses)
+    run.watch.add(StepRecord(run.step, values, losses, sigmas, indices))
+
+
+def report(run: Run, progress_bar: tqdm) -> None:
+    """The steps since the last report: to the progress bar, metrics.jsonl and the trackers."""
+    run.watch.catch_up()
+    losses, grad_norms, lines = run.watch.take()
+    by_sigma = run.loss_by_sigma.take(run.accelerator.reduce)
+    seconds = run.stopwatch.seconds
+    if losses:
+        run.loss, run.averaged = sum(losses) / len(losses), len(losses)
+    values = {
+        "loss": run.loss if losses else None,
+        "lr": run.lr_scheduler.get_last_lr()[0],
+        "grad_norm": sum(grad_norms) / len(grad_norms) if grad_norms else None,
+        "images_per_second": run.stopwatch.steps * run.global_batch / seconds,
+        "data_wait": run.stopwatch.waited / seconds,
+        "memory_gib": training.memory_in_use(run.accelerator.device) / 2**30,
+        "skipped_steps": run.watch.bad,
+    }
+    run.stopwatch.reset()
+    for line in lines:
+        progress_bar.write(line) if run.accelerator.is_main_process else None
+    if run.metrics is not None:
+        run.metrics.add(step=run.step, images_seen=run.images_seen, **values, loss_by_sigma=by_sigma, notes=lines)
+    known = {name: value for name, value in values.items() if value is not None}
+    scalars = dict(zip((f"loss_by_sigma/{sigma:g}" for sigma in by_sigma["sigma"]), by_sigma["loss"], strict=True))
+    run.accelerator.log({**known, **scalars}, step=run.step)
+    progress_bar.set_postfix_str(
+        f"loss {values['loss'] or math.nan:.4f}, lr {values['lr']:.1e}, {values['images_per_second']:.0f} images/s, "
+        f"data {values['data_wait']:.0%}, {values['memory_gib']:.1f} GiB"
+    )
+
+
+def save_checkpoint(run: Run, whatever: bool) -> None:
+    """
+    Not in a row of bad steps, which a diverged network may have begun, unless `whatever` the last one was: a few of
+    them changed nothing, and the next part of the run goes on counting. DeepSpeed's did change something.
+    """
+    run.watch.catch_up()
+    whatever = whatever and run.accelerator.distributed_type != DistributedType.DEEPSPEED
+    if run.watch.bad_in_row and not whatever:
+        return
+    progress = {
+        "step": run.step,
+        "images_seen": run.images_seen,
+        "settings": run.settings,
+        "parts": run.parts,
+        "loss": run.loss,
+        "averaged": run.averaged,
+        "watch": run.watch.state_dict(),
+        "loss_by_sigma": run.loss_by_sigma.state(run.accelerator.reduce),
+    }
+    parts = {"model": run.model, "optimizer": run.optimizer, "averages": run.averages}
+    # In a bad row none is deleted: one of the earlier ones is the last good one.
+    limit = None if run.watch.bad_in_row else run.args.checkpoints_total_limit
+    checkpoints.save_checkpoint(run.accelerator, run.output_dir, progress, limit, **parts)
+    run.unsaved = False
+
+
+def where_to_go_on(run: Run) -> str:
+    if run.unsaved:
+        return "That step was a bad one and not saved. The same command goes on from the checkpoint before it."
+    return f"Saved checkpoint-{run.step}. The same command goes on from there."
 
 
 def save_samples(run: Run, name: str) -> None:
-    """Drawn by all processes alike: the others would only wait."""
-    with ema_weights(run.network.eval(), run.ema):
-        pipeline = training.make_pipeline(run.network, run.args.scheduler, run.dataset.id2label)
-        images = training.draw_validation_images(pipeline, run.args.num_validation_images, run.args.seed)
+    """Drawn by all processes, each its share."""
+    args = run.args
+    run.network.eval()
+    with run.averages.swapped():
+        images = training.draw_validation_images(
+            training.make_pipeline(run.network, args),
+            run.validation_conditions,
+            args.num_validation_images,
+            args.seed,
+            args.train_batch_size,
+            run.accelerator,
+        )
     run.network.train()
-    if run.accelerator.is_main_process:
-        training.save_image_grid(images, Path(run.args.output_dir) / "samples" / f"{name}.png")
+    if images is not None:
+        training.save_image_grid(images, run.output_dir / "samples" / f"{name}.png")
 
 
-def save_pipeline(run: Run, folder: Path, samples: str) -> None:
+def push_on_the_way(run: Run) -> None:
+    if run.args.push_to_hub:
+        weights = run.averages.full_state_dict()  # by all processes
+        if run.pusher is not None:
+            save = functools.partial(save_pipeline, run, weights=weights, samples=f"step-{run.step:07d}")
+            run.pusher.push(save, f"Step {run.step} of {run.total_steps}")
+
+
+def save_pipeline(run: Run, folder: Path, *, weights: dict[str, Tensor], samples: str) -> None:
     """With what its model card says; `samples` is the name of the picture that shows these weights."""
-    with ema_weights(run.network.eval(), run.ema):
-        training.make_pipeline(run.network, run.args.scheduler, run.dataset.id2label).save_pretrained(folder)
-    run.network.train()
+    network = training.averaged_network(run.network.config, weights)
+    dataset = run.dataset
+    pipeline = training.make_pipeline(network, run.args, dataset.id2label, dataset.condition_columns)
+    pipeline.save_pretrained(folder)
     training.save_facts(
         folder,
         run.args,
-        samples=Path(run.args.output_dir) / "samples" / f"{samples}.png",
+        samples=run.output_dir / "samples" / f"{samples}.png",
         embedded=run.args.dataset_name in EMBEDDED_DATASETS,
-        images=len(run.dataset),
+        images=len(dataset) if dataset.has_length else None,
         steps=run.step,
         images_seen=run.images_seen,
         batch_size=run.global_batch,
@@ -394,6 +409,24 @@ def save_pipeline(run: Run, folder: Path, samples: str) -> None:
         final_loss=run.loss,
         final_loss_steps=run.averaged,
     )
+
+
+def finish(run: Run) -> None:
+    """Pictures and the pipeline; with several averages, those of the others in ema-NAME."""
+    save_samples(run, "final")
+    for name in run.averages.names[len(run.args.ema_decay) - 1 : 0 : -1] + run.averages.names[:1]:
+        weights = run.averages.full_state_dict(name)
+        if weights is not None:
+            main = name == run.averages.names[0]
+            folder = run.output_dir if main else run.output_dir / f"ema-{name}"
+            save_pipeline(run, folder, weights=weights, samples="final")
+    run.accelerator.print(
+        f"Saved the pipeline. HDiTPipeline.from_pretrained({run.args.output_dir!r}) draws images with it."
+    )
+    if run.pusher is not None:
+        commit = run.pusher.finish(run.args.output_dir, f"End of training, {run.step} steps")
+        if commit is not None:
+            print(f"Pushed it to {commit.commit_url}")
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -408,20 +441,33 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     if args.allow_tf32 and device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
+    default = "tensorboard" if is_tensorboard_available() else "none"
+    trackers = [] if (args.report_to or default) == "none" else (args.report_to or default).split(",")
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=training.resolve_mixed_precision(args.mixed_precision, device),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.report_to == "none" else args.report_to,
+        log_with=trackers or None,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
     )
-    if args.report_to != "none" and not accelerator.log_with:
-        raise ValueError(f"--report_to {args.report_to}: that package is not installed.")
+    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
+        raise ValueError(
+            f"accelerate was told of {accelerator.gradient_accumulation_steps} gradient accumulation steps, this script of "
+            f"{args.gradient_accumulation_steps}: leave them out of the configuration of accelerate."
+        )
+    if missing := set(trackers) - {str(getattr(name, "value", name)) for name in accelerator.log_with}:
+        raise ImportError(f"--report_to {args.report_to}: {', '.join(sorted(missing))} is not installed.")
     return accelerator
 
 
-def open_dataset(args: argparse.Namespace, accelerator: Accelerator, resolution: tuple[int, int]) -> ImageDataset:
+def open_dataset(args: argparse.Namespace, accelerator: Accelerator):
     embedded = EMBEDDED_DATASETS.get(args.dataset_name)
+    with torch.device("meta"):
+        network = HDiTModel(**args.model)
+    global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    divisors, least = network.size_rule
+    if args.task == "upscale":
+        divisors = [math.lcm(divisor, args.upscale_factor) for divisor in divisors]
     # One process checks the images, the others find its verdict.
     with accelerator.main_process_first():
         return load_images(
@@ -431,9 +477,15 @@ def open_dataset(args: argparse.Namespace, accelerator: Accelerator, resolution:
             cache_dir=args.cache_dir,
             image_column=args.image_column,
             label_column=args.label_column,
-            resolution=resolution,
-            in_channels=args.model.get("in_channels", 3),
+            condition_columns=args.condition_columns,
+            condition_statistics=args.condition_statistics,
+            resolution=network.sample_size,
+            in_channels=network.config.in_channels,
             center_crop=args.center_crop,
+            streaming=args.streaming,
+            buckets=Buckets(tuple(divisors), least, min_images=global_batch) if args.buckets else None,
+            cache_images={"auto": "auto", "yes": True, "no": False}[args.cache_images],
+            num_classes=args.model.get("num_classes") if args.streaming else None,
         )
 
 

@@ -19,6 +19,7 @@ _TRAINING = {
     "max_grad_norm": 1.0,
     "ema_decay": 0.9999,
     "label_dropout": 0.1,
+    "augment_prob": 0.0,
 }
 
 _PRESETS = {
@@ -68,6 +69,7 @@ _PRESETS = {
             "attention_types": ["neighborhood", "neighborhood", "neighborhood", "global", "global"],
             "dropout": [0.0, 0.0, 0.0, 0.0, 0.1],
         },
+        "training": {"augment_prob": 0.12},
     },
 }
 

@@ -1,0 +1,104 @@
+"""What tests of the example scripts share: a run that takes seconds, and how to start it."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import torch
+from conftest import REPOSITORY, SMALL
+from safetensors.torch import load_file
+
+
+EXAMPLES = REPOSITORY / "examples"
+SHEET = EXAMPLES / "data" / "fluent_faces_64.png"
+TRAIN = EXAMPLES / "train_hdit.py"
+CONFIG = {
+    "dataset_name": "fluent-faces",
+    "label_column": "label",
+    "random_flip": True,
+    "train_batch_size": 8,
+    "max_train_steps": 6,
+    "lr_warmup_steps": 2,
+    "checkpointing_steps": 3,
+    "validation_steps": 3,
+    "logging_steps": 1,
+    "num_validation_images": 2,
+    "learning_rate": 2e-3,
+    "mixed_precision": "no",
+    "model": {**SMALL, "sample_size": 16, "widths": [32, 32], "depths": [1, 1], "dropout": 0.1},
+}
+NO_DROPOUT = {"model": {**CONFIG["model"], "dropout": 0.0}}
+
+
+def load_example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_config(folder, **overrides):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**CONFIG, **overrides}))
+    return path
+
+
+def start(*command, threads="1"):
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": threads},
+    )
+
+
+def finish(process):
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return output
+
+
+def run(*command, threads="1"):
+    return finish(start(*command, threads=threads))
+
+
+def launch(*arguments, processes=2):
+    return finish(start_launch(*arguments, processes=processes))
+
+
+def start_launch(kind, *arguments, processes=2):
+    """Through `accelerate launch`, on this machine's cores: "ddp", "fsdp2" or "deepspeed"."""
+    flags = {
+        "ddp": ["--multi_gpu"],
+        "fsdp2": ["--use_fsdp", "--fsdp_version", 2, "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"],
+        "deepspeed": ["--use_deepspeed", "--zero_stage", 2],
+    }[kind]
+    return start(
+        "-m", "accelerate.commands.launch", *flags, "--num_processes", processes, "--num_machines", 1,
+        "--dynamo_backend", "no", "--mixed_precision", "no", "--main_process_port", free_port(), TRAIN, *arguments,
+    )  # fmt: skip
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def weights(folder):
+    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
