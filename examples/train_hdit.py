@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, ProjectConfiguration, is_tensorboard_available, parse_flag_from_env
+from accelerate.utils import ProjectConfiguration, is_tensorboard_available, parse_flag_from_env
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -85,6 +85,10 @@ class Run:
             "seconds": time.perf_counter() - self.began,
         }
         return None if self.earlier_parts is None else [*self.earlier_parts, part]
+
+    @functools.cached_property
+    def has_dropout(self) -> bool:
+        return any(isinstance(module, torch.nn.Dropout) and module.p for module in self.network.modules())
 
     @property
     def settings(self) -> dict:
@@ -157,6 +161,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator, dataset) -> Run:
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, total_steps)
     training.adapt_plugins(accelerator, network, args)
     model, optimizer = accelerator.prepare(network, optimizer)
+    training.skip_bad_steps(accelerator, optimizer)
     model.train()
     return Run(
         args,
@@ -221,7 +226,8 @@ def open_logs(run: Run) -> None:
         run.metrics = MetricsFile(run.output_dir / "metrics.jsonl", run.step)
         # A resumed run goes on in the same place.
         wandb = {"id": known["run_id"], "resume": "allow", "dir": args.output_dir}
-        accelerator.init_trackers("train_hdit", init_kwargs={"wandb": wandb})
+        trackio = {"name": known["run_id"], "resume": "allow"}
+        accelerator.init_trackers("train_hdit", init_kwargs={"wandb": wandb, "trackio": trackio})
 
 
 def train(run: Run, loader) -> bool:
@@ -273,7 +279,8 @@ def train_step(run: Run, batches: Iterator[dict]) -> None:
     done = []
     for micro_step in range(args.gradient_accumulation_steps):
         batch = run.stopwatch.wait_for(batches)
-        training.seed_dropout(args.seed, batch["number"][0].item())
+        if run.has_dropout:
+            training.seed_dropout(args.seed, batch["number"][0].item())
         with accelerator.accumulate(run.model):
             losses, sigmas = training.draw_and_compute_loss(
                 run.model,
@@ -285,12 +292,13 @@ def train_step(run: Run, batches: Iterator[dict]) -> None:
                 args=args,
                 autocast=accelerator.autocast,
             )
-            accelerator.backward(losses.mean())
+            loss = losses.mean()
+            # A loss that is no number leaves gradients that are none: those are all that DeepSpeed looks at.
+            accelerator.backward(loss * (1 + 0 * loss.detach()))
         done.append((losses.detach(), sigmas, batch["index"]))
-    grad_norm = training.clip_gradients(accelerator, run.model, args.max_grad_norm)
     losses, sigmas, indices = (torch.cat(values) for values in zip(*done, strict=True))
-    values = torch.stack((accelerator.reduce(losses.mean(), "mean"), grad_norm))
-    training.step_unless_bad(accelerator, run.optimizer, ~values.isfinite().all())
+    loss = accelerator.reduce(losses.mean(), "mean")
+    values = training.clipped_step(accelerator, run.model, run.optimizer, loss, args.max_grad_norm)
     run.optimizer.zero_grad(set_to_none=True)
     run.lr_scheduler.step()
     run.averages.step()
@@ -334,10 +342,9 @@ def report(run: Run, progress_bar: tqdm) -> None:
 def save_checkpoint(run: Run, whatever: bool) -> None:
     """
     Not in a row of bad steps, which a diverged network may have begun, unless `whatever` the last one was: a few of
-    them changed nothing, and the next part of the run goes on counting. DeepSpeed's did change something.
+    them changed nothing, and the next part of the run goes on counting.
     """
     run.watch.catch_up()
-    whatever = whatever and run.accelerator.distributed_type != DistributedType.DEEPSPEED
     if run.watch.bad_in_row and not whatever:
         return
     progress = {
@@ -378,7 +385,8 @@ def save_samples(run: Run, name: str) -> None:
         )
     run.network.train()
     if images is not None:
-        training.save_image_grid(images, run.output_dir / "samples" / f"{name}.png")
+        grid = training.save_image_grid(images, run.output_dir / "samples" / f"{name}.png")
+        training.log_picture(run.accelerator, grid, run.step)
 
 
 def push_on_the_way(run: Run) -> None:

@@ -1,5 +1,6 @@
 """Training on two real processes, started by `accelerate launch`, against one process with the same global batch."""
 
+import json
 import shutil
 import signal
 import time
@@ -94,6 +95,36 @@ def test_resumed_on_other_processes(kind, config, alone, tmp_path):
     begin_from(two, checkpoint, one)
     run(TRAIN, "--config", config, "--output_dir", one)
     assert_same_run(one, alone)
+
+
+# Stands before the script: the loss of one image of the fourth step is no number, wherever that image is.
+ONE_BAD_LOSS = f"""
+import runpy, sys
+from diffusers_hdit import training
+compute = training.draw_and_compute_loss
+def with_a_bad_one(model, batch, *arguments, **options):
+    losses, sigmas = compute(model, batch, *arguments, **options)
+    return losses.masked_fill((batch["number"] == 31).to(losses.device), float("nan")), sigmas
+training.draw_and_compute_loss = with_a_bad_one
+sys.argv[0] = {str(TRAIN)!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_step_is_left_out_everywhere(kind, tmp_path):
+    """Though only one process has it, and though DeepSpeed steps within its backward pass."""
+    if kind == "deepspeed":
+        pytest.importorskip("deepspeed")
+    script, config = tmp_path / "one_bad_loss.py", write_config(tmp_path, **NO_DROPOUT)
+    script.write_text(ONE_BAD_LOSS)
+    run(script, "--config", config, "--output_dir", tmp_path / "alone")
+    launch(kind, "--config", config, "--output_dir", tmp_path / "run", "--train_batch_size", 4, script=script)
+    for name in ("alone", "run"):
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [line["skipped_steps"] for line in lines] == [0, 0, 0, 1, 1, 1]
+    ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "alone")
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) <= 1e-4
 
 
 def test_a_signal_to_one_process_stops_all(config, tmp_path):

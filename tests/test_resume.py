@@ -127,18 +127,18 @@ def test_a_finished_run_started_again_is_finished(config, uninterrupted, tmp_pat
 # Stands before the script: makes the gradient norms of some steps bad, or dies where a snapshot would be written.
 PREPARED = """
 import sys, runpy, torch
-from diffusers_hdit import ema, training
+from diffusers_hdit import ema
 bad, die_at, script, *sys.argv[1:] = sys.argv[1:]
-bad, count, clip, save = eval(bad), [0], training.clip_gradients, ema.save_snapshot
-def clip_gradients(accelerator, model, max_norm):
+bad, count, total_norm, save = eval(bad), [0], torch.nn.utils.get_total_norm, ema.save_snapshot
+def get_total_norm(gradients):
     count[0] += 1
-    return clip(accelerator, model, max_norm) * (torch.nan if count[0] in bad else 1)
+    return total_norm(gradients) * (torch.nan if count[0] in bad else 1)
 def save_snapshot(averages, folder, step):
     if step == int(die_at):
         import os
         os._exit(9)
     return save(averages, folder, step)
-training.clip_gradients, ema.save_snapshot = clip_gradients, save_snapshot
+torch.nn.utils.get_total_norm, ema.save_snapshot = get_total_norm, save_snapshot
 sys.argv[0] = script
 sys.path.insert(0, script.rsplit("/", 1)[0])
 runpy.run_path(script, run_name="__main__")

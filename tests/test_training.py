@@ -1,7 +1,9 @@
 """The training and sampling examples, run for real on a network that fits a test."""
 
+import json
 import math
 import shutil
+import sqlite3
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from diffusers.optimization import get_scheduler
 from PIL import Image
 from running import CONFIG, EXAMPLES, SHEET, TRAIN, equal, load_example, losses, run, weights, write_config
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_hdit import (
     DPMSolverPP3MSDEScheduler,
@@ -45,7 +48,46 @@ def test_training_ends_in_a_pipeline(trained):
     pipe.set_progress_bar_config(disable=True)
     assert len(pipe.id2label) == 13 and pipe.transformer.config.num_classes == 13
     assert pipe("cat-face", num_inference_steps=2).images[0].size == (16, 16)
-    assert list((folder / "logs").rglob("events.out.*"))
+
+
+def test_tensorboard_has_numbers_and_pictures(trained):
+    (path,) = (trained[0] / "logs").rglob("events.out.*")
+    events = EventAccumulator(str(path)).Reload()
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(trained[0]))
+    assert [(event.step, event.width, event.height) for event in events.Images("samples")] == [
+        (3, 32, 16),
+        (6, 32, 16),
+    ]
+
+
+def test_wandb_has_the_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = tmp_path / "run"
+    run(TRAIN, "--config", write_config(tmp_path), "--output_dir", folder, "--report_to", "wandb")
+    run_id = json.loads((folder / "training_args.json").read_text())["run_id"]
+    (offline,) = (folder / "wandb").glob("offline-run-*")
+    assert offline.name.endswith(run_id) and (offline / f"run-{run_id}.wandb").is_file()
+    assert len(list(offline.rglob("samples_*.png"))) == 2
+
+
+def test_trackio_has_the_run(tmp_path, monkeypatch):
+    """Also of a run in two parts: under one name."""
+    pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    arguments = ["--config", write_config(tmp_path), "--output_dir", tmp_path / "run", "--report_to", "trackio"]
+    run(TRAIN, *arguments)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    run(TRAIN, *arguments)
+    run_id = json.loads((tmp_path / "run" / "training_args.json").read_text())["run_id"]
+    with sqlite3.connect(tmp_path / "trackio" / "train_hdit.db") as database:
+        rows = database.execute("SELECT run_name, step, metrics FROM metrics").fetchall()
+    assert {name for name, _, _ in rows} == {run_id}
+    logged = [(step, json.loads(values)) for _, step, values in rows]
+    assert {step: values["loss"] for step, values in logged if "loss" in values} == pytest.approx(
+        dict(enumerate(losses(tmp_path / "run"), 1))
+    )
+    assert {step for step, values in logged if "samples" in values} == {3, 6}
 
 
 def test_the_pipeline_has_the_averaged_weights(trained):
@@ -269,22 +311,41 @@ def test_conditions_say_that_they_are_there():
 
 
 def test_a_bad_step_changes_nothing():
-    """Weights, moments and their counts, with the fused optimizer and with one that can't look on the device."""
+    """Weights, moments and their counts, with the fused optimizer and with one that can't look on the device; clipped
+    gradients give the steps of torch's own clipping."""
     accelerator = load_example("train_hdit").Accelerator(cpu=True)
     for options in ({"fused": True}, {"foreach": True}):
-        model = torch.nn.Linear(4, 4)
+        model, reference = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4).double()
+        reference.load_state_dict(model.state_dict())
         optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, **options))
+        own = torch.optim.AdamW(reference.parameters(), lr=0.1, weight_decay=0.1, foreach=False)
 
-        def step(bad, factor=1.0, model=model, optimizer=optimizer):
-            (factor * model(torch.ones(1, 4)).sum()).backward()
-            training.step_unless_bad(accelerator, optimizer, torch.tensor(bad))
+        def step(factor, max_norm, model=model, optimizer=optimizer, reported=0.0):
+            loss = (factor * model(torch.ones(1, 4)).square()).sum()
+            loss.backward()
+            values = training.clipped_step(accelerator, model, optimizer, loss.detach() + reported, max_norm)
             optimizer.zero_grad()
             state = [v for s in optimizer.state.values() for v in s.values()]
-            return [v.detach().clone() for v in (*model.parameters(), *state)]
+            return values, [v.detach().clone() for v in (*model.parameters(), *state)]
 
-        before, after = step(False), step(True, math.nan)
-        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        assert not torch.equal(step(False)[0], before[0])
+        def reference_step(factor, max_norm, reference=reference, own=own):
+            (factor * reference(torch.ones(1, 4).double()).square()).sum().backward()
+            norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), max_norm)
+            own.step()
+            own.zero_grad()
+            return norm
+
+        for factor, max_norm in ((1.0, 0.3), (50.0, 0.3), (0.01, 0.3), (7.0, math.inf)):
+            norm = reference_step(factor, max_norm)
+            values, before = step(factor, max_norm)
+            torch.testing.assert_close(values[1].double(), norm, rtol=1e-4, atol=0)
+            for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+                torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-4)
+        for factor, reported in ((math.nan, 0.0), (math.inf, 0.0), (1.0, math.inf)):
+            values, after = step(factor, 0.3, reported=reported)
+            assert not values.isfinite().all()
+            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert not torch.equal(step(1.0, 0.3)[1][0], before[0])
 
 
 def test_the_schedule_is_set_to_any_step():

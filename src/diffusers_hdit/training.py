@@ -11,12 +11,14 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
+from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -178,33 +180,45 @@ def seed_dropout(seed: int, number: int) -> None:
     torch.manual_seed(mixed_seed("dropout", seed, number))
 
 
-def clip_gradients(accelerator, model: nn.Module, max_norm: float) -> Tensor:
-    """The norm of all gradients before they were clipped, `()` float32 on the device, over all processes and shards."""
-    norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    norm = torch.as_tensor(norm, dtype=torch.float32, device=accelerator.device)
-    # DeepSpeed's ZeRO says -1 where a gradient is not finite.
-    return torch.where(norm < 0, torch.nan, norm)
-
-
-def step_unless_bad(accelerator, optimizer, bad: Tensor) -> None:
+def clipped_step(accelerator, model: nn.Module, optimizer, loss: Tensor, max_norm: float) -> Tensor:
     """
-    One optimizer step, or none at all, not even of its moments, where `bad` is true.
+    One optimizer step with gradients clipped to a norm, or none at all, not even of the optimizer's moments, where the
+    loss or the norm is not finite. Where the optimizer is fused, the host does not wait for that to be known.
 
     Args:
-        optimizer: as `accelerator.prepare` returned it.
-        bad: `()` bool on the parameters' device. Fused optimizers look at it there; for others the host waits for it.
+        model, optimizer: as `accelerator.prepare` returned them.
+        loss: `()`, the mean over all processes.
+        max_norm: of all gradients together, over all processes and shards.
+
+    Returns:
+        `(2,)` float32 on the device: the loss, and the norm before clipping.
     """
     bare = checkpoints.bare(optimizer)
-    if accelerator.scaler is not None or accelerator.distributed_type == DistributedType.DEEPSPEED:
+    fused = getattr(bare, "_step_supports_amp_scaling", False)
+    scaled, engine = accelerator.scaler is not None, accelerator.distributed_type == DistributedType.DEEPSPEED
+    if scaled or engine:
+        norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    else:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = torch.as_tensor(norm, dtype=torch.float32, device=accelerator.device)
+    norm = torch.where(norm < 0, torch.nan, norm)  # DeepSpeed's ZeRO says -1 where a gradient is not finite
+    values = torch.stack((loss.float(), norm))
+    if scaled or engine:
         optimizer.step()  # float16's scaler leaves bad steps out itself; DeepSpeed has stepped in its backward pass
-    elif getattr(bare, "_step_supports_amp_scaling", False):
-        # What torch.amp.GradScaler hands to fused optimizers (torch/amp/grad_scaler.py).
-        bare.grad_scale, bare.found_inf = None, bad.float()
+    elif fused:
+        # What torch.amp.GradScaler hands to fused optimizers (torch/amp/grad_scaler.py): they divide the gradients by
+        # grad_scale as they read them, which saves a pass over all of them, and do nothing where found_inf is 1.
+        scale = (norm / max_norm).clamp(min=1)
+        # Where looking is free: they also write divided gradients back.
+        bare.grad_scale = None if scale.device.type == "cpu" and scale == 1 else scale
+        bare.found_inf = (~values.isfinite().all()).float()
         optimizer.step()
-    elif not bad.item():
+    elif values.isfinite().all().item():
+        nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
         optimizer.step()
+    return values
 
 
 class StopRequest:
@@ -281,6 +295,12 @@ def adapt_plugins(accelerator, network: nn.Module, args) -> None:
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         config["gradient_clipping"] = args.max_grad_norm
         config["zero_allow_untested_optimizer"] = True
+
+
+def skip_bad_steps(accelerator, optimizer) -> None:
+    """Under DeepSpeed, after `accelerator.prepare`: its ZeRO optimizers look for bad gradients in float16 and bfloat16."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        checkpoints.bare(optimizer).check_grad_overflow = True
 
 
 def shard_on_cpu(state) -> None:
@@ -476,9 +496,9 @@ def with_presence(conditions: Tensor) -> Tensor:
     return torch.nn.functional.pad(conditions, (0, 1), value=1.0)
 
 
-def save_image_grid(images: Tensor, path: Path) -> None:
+def save_image_grid(images: Tensor, path: Path) -> Image.Image:
     """
-    Writes images `(B, C, H, W)` in [0, 1] as a picture with as many columns as rows, or more. Channels that are no
+    Writes (and returns) images `(B, C, H, W)` in [0, 1] as a picture with as many columns as rows, or more. Channels that are no
     colours (2, or more than 4) are shown side by side, grey.
     """
     if images.shape[1] not in (1, 3, 4):
@@ -486,7 +506,23 @@ def save_image_grid(images: Tensor, path: Path) -> None:
     pictures = VaeImageProcessor.numpy_to_pil(images.permute(0, 2, 3, 1).float().numpy())
     rows = next(n for n in range(math.isqrt(len(images)), 0, -1) if len(images) % n == 0)
     path.parent.mkdir(exist_ok=True)
-    make_image_grid(pictures, rows=rows, cols=len(images) // rows).save(path)
+    grid = make_image_grid(pictures, rows=rows, cols=len(images) // rows)
+    grid.save(path)
+    return grid
+
+
+def log_picture(accelerator, picture: Image.Image, step: int) -> None:
+    """To every tracker; on the main process."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            pixels = np.asarray(picture.convert("RGB"))
+            tracker.log_images({"samples": pixels[None]}, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({"samples": [picture]}, step=step)
+        elif tracker.name == "trackio":  # accelerate 1.15 has no log_images for it
+            import trackio
+
+            tracker.log({"samples": trackio.Image(picture)}, step=step)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
