@@ -284,6 +284,7 @@ def train_step(run: Run, batches: Iterator[dict]) -> None:
                 strata={**strata, "micro_step": micro_step},
                 args=args,
                 autocast=accelerator.autocast,
+                self_conditioning=run.network.config.self_conditioning,
             )
             accelerator.backward(losses.mean())
         done.append((losses.detach(), sigmas, batch["index"]))
