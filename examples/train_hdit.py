@@ -291,6 +291,7 @@ def train_step(run: Run, batches: Iterator[dict]) -> None:
                 strata={**strata, "micro_step": micro_step},
                 args=args,
                 autocast=accelerator.autocast,
+                self_conditioning=run.network.config.self_conditioning,
             )
             loss = losses.mean()
             # A loss that is no number leaves gradients that are none: those are all that DeepSpeed looks at.

@@ -36,12 +36,14 @@ AXES = [
     {"skip": "concat"},
     {"activation": "gelu"},
     {"norm": "ada_layer_norm"},
+    {"self_conditioning": True},
     {
         "attention_types": ["sliding_window", "none", "axial"],
         "position_embedding": "additive",
         "skip": "concat",
         "activation": "gelu",
         "norm": "ada_layer_norm",
+        "self_conditioning": True,
     },
 ]
 
@@ -283,7 +285,7 @@ def test_a_configuration_of_before_is_the_papers(make_model, tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for name in ("position_embedding", "skip", "activation", "norm"):
+    for name in ("position_embedding", "skip", "activation", "norm", "self_conditioning"):
         del config[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with torch.no_grad():
@@ -328,6 +330,8 @@ def test_compile_without_a_graph_break(make_model):
         ({"norm": ["ada_rms_norm"] * 3}, "norm is .* allowed are"),
         ({"attention_types": ["sliding_window", "axial", "rows"]}, r"attention_types\[2\] is 'rows'; allowed are"),
         ({"attention_types": "sliding_window", "kernel_size": 4}, "kernel_size must be odd and positive, got 4"),
+        ({"self_conditioning": "yes"}, "self_conditioning is 'yes'; allowed are False, True"),
+        ({"self_conditioning": True, "out_channels": 6}, "in_channels=3, out_channels=6. Leave out_channels out"),
         ({"widths": [32], "depths": [1], "skip": "concat"}, "one level has no skips"),
         ({"attention_types": "none", "position_embedding": "none"}, "no level of this model has attention"),
     ],

@@ -11,6 +11,7 @@ PARTS = {
     "skip": ("lerp", "add", "concat"),
     "activation": ("geglu", "gelu"),
     "norm": ("ada_rms_norm", "ada_layer_norm"),
+    "self_conditioning": (False, True),
 }
 
 
@@ -110,7 +111,7 @@ def resolve_levels(
     return levels
 
 
-def check_parts(levels: Sequence[Level], **parts: str) -> None:
+def check_parts(levels: Sequence[Level], **parts: str | bool) -> None:
     """
     Args:
         parts: a choice for each of `PARTS`.

@@ -59,7 +59,8 @@ class Denoising:
         before_step: Callable | None = None,
     ) -> Tensor:
         """
-        Runs the scheduler, whose timesteps are set.
+        Runs the scheduler, whose timesteps are set. A network with self_conditioning sees the denoised image of the
+        evaluation before, the guided one where there is guidance: zeros at the first one and after a jump.
 
         Args:
             latents: `(B, C, H, W)` at the noise level of the first evaluation.
@@ -78,14 +79,16 @@ class Denoising:
         step_kwargs = {"return_dict": False}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_kwargs["generator"] = generator
-        weak_conditions = self.weak_conditions(conditions) if guidance.scale != 1 else None
+        nothing = {"self_cond": torch.zeros_like(latents)} if self.transformer.config.self_conditioning else {}
+        earlier = nothing
 
         step, level = 0, runs[0].start
         with self.progress_bar(total=self.num_timesteps) as progress_bar:
             for run in runs:
                 if run.start != level and not self.interrupt:
                     latents = self.jump(latents, sigmas[level], sigmas[run.start], generator)
-                    guidance.running = None
+                    # Of less noise than there is now: the network never saw such an estimate.
+                    guidance.running, earlier = None, nothing
                 # Said, not found: the schedulers would look for the timestep on the accelerator.
                 self.scheduler.set_begin_index(run.start)
                 for i in run:
@@ -94,7 +97,9 @@ class Denoising:
                     if before_step is not None:
                         latents = before_step(i, latents)
                     t = timesteps[i]
-                    output = self.predict(latents, t, sigmas[i], conditions, weak_conditions, guidance)
+                    output = self.predict(latents, t, sigmas[i], conditions | earlier, guidance)
+                    if earlier:
+                        earlier = {"self_cond": self.scheduler.precondition_outputs(latents, output, sigmas[i])}
                     latents = self.scheduler.step(output, t, latents, **step_kwargs)[0]
                     if callback is not None:
                         latents = callback(step, t, latents)
@@ -138,6 +143,7 @@ class Denoising:
                 "class_labels": lambda labels: torch.full_like(labels, self.transformer.config.num_classes),
                 "mapping_cond": torch.zeros_like,
                 "conditioning_image": lambda image: image,
+                "self_cond": lambda image: image,
             }
             return {name: nothing[name](value) for name, value in conditions.items()}
         config = self.guidance_model.config
@@ -145,6 +151,7 @@ class Denoising:
             "class_labels": config.num_classes,
             "mapping_cond": config.mapping_cond_dim,
             "conditioning_image": config.conditioning_channels,
+            "self_cond": config.self_conditioning,
         }
         return {name: value for name, value in conditions.items() if takes[name]}
 
@@ -154,7 +161,6 @@ class Denoising:
         timestep: Tensor,
         sigma: float,
         conditions: dict[str, Tensor],
-        weak_conditions: dict[str, Tensor] | None,
         guidance: Guidance,
     ) -> Tensor:
         """F for the scheduler, guided where it has to be."""
@@ -163,6 +169,7 @@ class Denoising:
         model_input = self.scheduler.scale_model_input(latents, timestep)
         if not guidance.at(sigma):
             return self.evaluate(self.transformer, "plain", model_input, timestep, conditions)
+        weak_conditions = self.weak_conditions(conditions)
         if self.guidance_model is not None:
             weak = self.evaluate(self.guidance_model, "weak", model_input, timestep, weak_conditions)
             strong = self.evaluate(self.transformer, "plain", model_input, timestep, conditions)

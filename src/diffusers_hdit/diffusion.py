@@ -57,6 +57,30 @@ def denoise(model, noised: Tensor, sigma: Tensor, sigma_data: float = 0.5, **mod
     return _like(noised, c_skip(sigma, sigma_data)) * noised + _like(noised, c_out(sigma, sigma_data)) * output
 
 
+def earlier_estimate(
+    model, noised: Tensor, sigma: Tensor, shown: Tensor, sigma_data: float = 0.5, **model_kwargs
+) -> Tensor:
+    """
+    What self-conditioning shows the network in training (Chen et al. 2022, arXiv 2208.04202, algorithm 1): the denoised
+    image of a pass that is shown nothing, without its gradient.
+
+    The pass is for the whole batch, whoever is `shown` it: so all processes take part in the same collectives, and
+    compiled networks see one batch size.
+
+    Args:
+        model, noised, sigma, sigma_data, **model_kwargs: as in `denoise`.
+        shown: `(B,)` booleans.
+
+    Returns:
+        `self_cond` for the model, `(B, C, H, W)`, at least float32: D where `shown`, zeros elsewhere.
+    """
+    with torch.no_grad():
+        estimate = denoise(model, noised, sigma, sigma_data, **model_kwargs)
+    # Autocast keeps the weights it has cast. Cast in a pass without gradients, they would get none in the next one.
+    torch.clear_autocast_cache()
+    return torch.where(_like(estimate, shown), estimate, 0.0)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Loss: mean((F - target)²) · w(σ). On the denoised image the weight is w(σ) / c_out².
 
@@ -91,6 +115,7 @@ def loss(
     sigma: Tensor,
     sigma_data: float = 0.5,
     weighting: str = "soft-min-snr",
+    self_conditioned: Tensor | None = None,
     **model_kwargs,
 ) -> Tensor:
     """
@@ -102,6 +127,8 @@ def loss(
         noise: unit-variance noise, `(B, C, H, W)`.
         sigma: `(B,)`.
         weighting: "soft-min-snr" (the paper's), "min-snr" (γ = 1/σd²), "snr" or "karras".
+        self_conditioned: for a model with self_conditioning, `(B,)` booleans: which samples are shown an
+            `earlier_estimate`; none of them if not given.
         **model_kwargs: conditions for the model.
 
     Raises:
@@ -114,6 +141,10 @@ def loss(
     image, noise = _float32(image), _float32(noise)
     sigma = _per_sample(sigma, image)
     noised = image + _like(image, sigma) * noise
+    if self_conditioned is not None:
+        model_kwargs["self_cond"] = earlier_estimate(
+            model, noised, sigma, self_conditioned, sigma_data, **model_kwargs
+        )
     target = (image - _like(image, c_skip(sigma, sigma_data)) * noised) / _like(image, c_out(sigma, sigma_data))
     output = precondition(model, noised, sigma, sigma_data, model_kwargs)
     return (output - target).square().flatten(1).mean(1) * WEIGHTINGS[weighting](sigma, sigma_data)

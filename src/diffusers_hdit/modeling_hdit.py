@@ -501,8 +501,10 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
         skip (`str`): how a skip meets what comes up: "lerp", "add" or "concat" (and a linear map back to the width).
         activation (`str`): "geglu" or "gelu" in the feed-forwards of the blocks; the mapping network has GEGLU always.
         norm (`str`): "ada_rms_norm" or "ada_layer_norm" in the blocks.
+        self_conditioning (`bool`): whether the network also sees an earlier estimate of the clean image (Chen et al. 2022,
+            arXiv 2208.04202), as `self_cond`.
 
-    The last four, "axial" and "sliding_window" are for ablations (see `ablations.py`); the defaults are the paper's.
+    The last five, "axial" and "sliding_window" are for ablations (see `ablations.py`); the defaults are the paper's.
 
     Raises:
         ValueError: for lists of different lengths, unknown attention types, and sizes that do not fit each other; for
@@ -547,6 +549,7 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
         skip: str = "lerp",
         activation: str = "geglu",
         norm: str = "ada_rms_norm",
+        self_conditioning: bool = False,
     ):
         super().__init__()
         self.levels = resolve_levels(
@@ -562,7 +565,14 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
             activation,
             norm,
         )
-        check_parts(self.levels, position_embedding=position_embedding, skip=skip, activation=activation, norm=norm)
+        check_parts(
+            self.levels,
+            position_embedding=position_embedding,
+            skip=skip,
+            activation=activation,
+            norm=norm,
+            self_conditioning=self_conditioning,
+        )
         self.patch_size = pair("patch_size", patch_size)
         for name, value in (
             ("in_channels", in_channels),
@@ -573,13 +583,19 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         if conditioning_channels < 0:
             raise ValueError(f"conditioning_channels must not be negative, got {conditioning_channels}.")
+        if self_conditioning and out_channels not in (None, in_channels):
+            raise ValueError(
+                "self_conditioning=True shows the network its own output, which must then be an image like its input; got "
+                f"in_channels={in_channels}, out_channels={out_channels}. Leave out_channels out."
+            )
         if mapping_width % 2:
             raise ValueError(f"mapping_width must be even (half cosines, half sines), got {mapping_width}.")
         self.sample_size = pair("sample_size", sample_size)
         self.check_size(*self.sample_size)
 
         outermost = self.levels[0].width
-        self.patch_in = TokenMerge(in_channels + conditioning_channels, outermost, self.patch_size)
+        channels = in_channels + conditioning_channels + (in_channels if self_conditioning else 0)
+        self.patch_in = TokenMerge(channels, outermost, self.patch_size)
         if position_embedding == "additive":
             grid = (size // patch for size, patch in zip(self.sample_size, self.patch_size, strict=True))
             self.patch_in = PatchInWithPositions(self.patch_in, *grid, outermost)
@@ -617,6 +633,7 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
         augment_cond: Tensor | None = None,
         mapping_cond: Tensor | None = None,
         conditioning_image: Tensor | None = None,
+        self_cond: Tensor | None = None,
         return_dict: bool = True,
     ) -> HDiTModelOutput | tuple[Tensor]:
         """
@@ -628,6 +645,9 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
             mapping_cond (`(B, mapping_cond_dim)`, *optional*): adds nothing if not given.
             conditioning_image (`(B, conditioning_channels, H, W)`): for a model with conditioning_channels, which needs
                 it; of the sample's size, at unit scale whatever the noise level.
+            self_cond (`(B, C, H, W)`, *optional*): for a model with self_conditioning: an earlier estimate of the clean
+                image, the denoised image D as it is: in the images' units, [-1, 1] or a little more, not multiplied by
+                c_in. Zeros mean that there is none, as if not given.
 
         Returns:
             F, the raw network output, `(B, out_channels, H, W)` in the model's dtype.
@@ -640,11 +660,9 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
                 f"sample must have shape (batch, {self.config.in_channels}, height, width), got {tuple(sample.shape)}."
             )
         self.check_size(*sample.shape[-2:])
-        self.check_conditioning_image(sample, conditioning_image)
         dtype = self.dtype
-        if conditioning_image is not None:
-            sample = torch.cat((sample.to(dtype), conditioning_image.to(dtype)), dim=1)
-        hidden_states = self.patch_in(sample.to(dtype).permute(0, 2, 3, 1))
+        images = self.join_images(sample, conditioning_image, self_cond)
+        hidden_states = self.patch_in(images.to(dtype).permute(0, 2, 3, 1))
 
         timestep = torch.as_tensor(timestep, dtype=torch.promote_types(dtype, torch.float32), device=sample.device)
         timestep = timestep.expand(sample.shape[0])
@@ -729,6 +747,28 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
         else:
             self.disable_gradient_checkpointing()
         self.checkpointed_levels = frozenset(levels)
+
+    def join_images(self, sample: Tensor, conditioning_image: Tensor | None, self_cond: Tensor | None) -> Tensor:
+        """What the patches are cut from: the sample's channels, then those of the images that a model takes besides."""
+        self.check_conditioning_image(sample, conditioning_image)
+        self.check_self_cond(sample, self_cond)
+        if self.config.self_conditioning and self_cond is None:
+            self_cond = torch.zeros_like(sample)
+        besides = [image.to(self.dtype) for image in (conditioning_image, self_cond) if image is not None]
+        return torch.cat((sample.to(self.dtype), *besides), dim=1) if besides else sample
+
+    def check_self_cond(self, sample: Tensor, self_cond: Tensor | None) -> None:
+        if self_cond is None:
+            return
+        if not self.config.self_conditioning:
+            raise ValueError(
+                "self_cond was given, but this model has self_conditioning=False: it takes no earlier estimate. Leave it "
+                "out, or train a model that is made with self_conditioning=True."
+            )
+        if self_cond.shape != sample.shape:
+            raise ValueError(
+                f"self_cond must have the shape of the sample, {tuple(sample.shape)}, got {tuple(self_cond.shape)}."
+            )
 
     def check_conditioning_image(self, sample: Tensor, conditioning_image: Tensor | None) -> None:
         channels = self.config.conditioning_channels

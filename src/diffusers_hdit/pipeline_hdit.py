@@ -245,7 +245,12 @@ class HDiTPipeline(PipelineCarriesCode, Denoising, DiffusionPipeline):
         outputs = [m.config.out_channels or m.config.in_channels for m in (guide, model)]
         if outputs[0] != outputs[1]:
             raise ValueError(f"the guidance_model has {outputs[0]} output channels, the transformer {outputs[1]}.")
-        for name, nothing in (("num_classes", None), ("mapping_cond_dim", 0), ("conditioning_channels", 0)):
+        for name, nothing in (
+            ("num_classes", None),
+            ("mapping_cond_dim", 0),
+            ("conditioning_channels", 0),
+            ("self_conditioning", False),
+        ):
             if guide.config[name] not in (nothing, model.config[name]):
                 raise ValueError(
                     f"the guidance_model has {name}={guide.config[name]}, the transformer {model.config[name]}; it must "

@@ -21,7 +21,9 @@ Denoiser = Callable[[Tensor, float], Tensor]
 
 def denoiser_of(pipeline, class_labels=None, mapping_cond=None, **images: Tensor) -> Denoiser:
     """
-    The denoiser of an `HDiTPipeline`, without guidance.
+    The denoiser of an `HDiTPipeline`, without guidance. A model with self_conditioning is shown no earlier estimate: then
+    D is a function of x and sigma, as the ODE needs it, and a network that half of its training was about. The pipeline,
+    which hands its estimates on, does not draw the same image from the same noise.
 
     Args:
         class_labels, mapping_cond: as in the pipeline's call; one, or one for each image.

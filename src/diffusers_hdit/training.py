@@ -124,7 +124,16 @@ def draw_noise(
 
 
 def draw_and_compute_loss(
-    model, batch: dict, device: torch.device, *, num_classes, image_size, strata, args, autocast=contextlib.nullcontext
+    model,
+    batch: dict,
+    device: torch.device,
+    *,
+    num_classes,
+    image_size,
+    strata,
+    args,
+    autocast=contextlib.nullcontext,
+    self_conditioning: bool = False,
 ):
     """
     Everything random of a step but the network's dropout, as functions of (`args.seed`, number of the image in the
@@ -137,6 +146,8 @@ def draw_and_compute_loss(
         args: seed, random_flip, augment_prob, label_dropout, noise_density, noise_density_params, loss_weighting,
             sigma_data; task, and with "upscale" upscale_factor and max_conditioning_noise.
         autocast: makes the context that the network runs in; images and noise are made in float32.
+        self_conditioning: of the model. Half of the images are then shown an earlier estimate, drawn for each image and
+            not for the batch: so it does not matter how a batch is divided.
 
     Returns:
         The loss of each image `(B,)` and its sigma `(B,)`, on the device.
@@ -169,9 +180,12 @@ def draw_and_compute_loss(
         conditions["conditioning_image"] = training_conditioning(
             image, args.upscale_factor, on(device, level), disturbance
         )
+    shown = None
+    if self_conditioning:  # the last draw of the generators: the others are those of a model without
+        shown = on(device, torch.cat([torch.rand(1, generator=g) for g in generators]) < 0.5)
     noise = draw_noise(image.shape, args.seed, numbers, device)
     with autocast():
-        losses = diffusion.loss(model, image, noise, sigma, args.sigma_data, args.loss_weighting, **conditions)
+        losses = diffusion.loss(model, image, noise, sigma, args.sigma_data, args.loss_weighting, shown, **conditions)
     return losses, sigma
 
 
