@@ -1,6 +1,6 @@
 """One run of a study, in a process of its own: the training, then the held-out loss and distances at points of it.
 
-A run's folder has the pipeline, `ema-STEP.safetensors` for each point, and `result-HASH.json`, by which it is done. A run
+A run's folder has pipeline/, `ema-STEP.safetensors` for each point, and `result-HASH.json`, by which it is done. A run
 that was killed goes on from its last checkpoint, on a CPU to the same bits, so that its result is the same.
 """
 
@@ -48,6 +48,11 @@ class Run:
     cache_dir: Path
     train_script: Path
     threads: int
+
+    @property
+    def pipeline_dir(self) -> Path:
+        """What the training writes: a folder of its own, since it takes none with something else in it."""
+        return self.folder / "pipeline"
 
     @property
     def result_path(self) -> Path:
@@ -115,13 +120,15 @@ def train(run: Run) -> None:
     }
     path = run.folder / "config.json"
     write_durably(path, json.dumps(config, indent=2))
-    load_main(run.train_script)(["--config", str(path), "--output_dir", str(run.folder)])
+    if run.pipeline_dir.is_dir() and not any(run.pipeline_dir.glob("checkpoint-*")):
+        shutil.rmtree(run.pipeline_dir)  # killed before there was anything to go on from
+    load_main(run.train_script)(["--config", str(path), "--output_dir", str(run.pipeline_dir)])
     for step in run.steps:
-        saved = torch.load(run.folder / f"checkpoint-{step}" / "averages.pt", weights_only=True)["averages"]
+        saved = torch.load(run.pipeline_dir / f"checkpoint-{step}" / "averages.pt", weights_only=True)["averages"]
         partial = average_path(run, step).with_suffix(".partial")
         save_file(next(iter(saved.values())), partial)
         os.replace(partial, average_path(run, step))
-    for checkpoint in run.folder.glob("checkpoint-*"):
+    for checkpoint in run.pipeline_dir.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
 
 
@@ -143,7 +150,7 @@ def load_main(script: Path) -> Callable[[list[str]], None]:
 
 def evaluate(run: Run) -> dict:
     """Of the averaged weights at each point: held-out errors by noise level, and distances of drawn images."""
-    pipeline = HDiTPipeline.from_pretrained(run.folder)
+    pipeline = HDiTPipeline.from_pretrained(run.pipeline_dir)
     pipeline.set_progress_bar_config(disable=True)
     size = pipeline.transformer.sample_size
     # load_images only to read the same way as the training does.
@@ -163,7 +170,7 @@ def evaluate(run: Run) -> dict:
             names = ["kernel_distance", "frechet_distance"]
             point["distances"] = metrics.evaluate(drawn, real, names, extractor)
         points.append(point)
-    losses = [[line["images_seen"], line["loss"]] for line in read_lines(run.folder / "metrics.jsonl")]
+    losses = [[line["images_seen"], line["loss"]] for line in read_lines(run.pipeline_dir / "metrics.jsonl")]
     return {"row": run.row.identity, "seed": run.seed, "points": points, "training_loss": losses}
 
 
