@@ -111,9 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="another one gives other views of the same places")
     args = parser.parse_args(argv)
     if args.number < 1 or args.resolution < 1:
-        parser.error(
-            f"--number and --resolution must be at least 1, got {args.number} and {args.resolution}."
-        )
+        parser.error(f"--number and --resolution must be at least 1, got {args.number} and {args.resolution}.")
     panoramas = find_panoramas(args.panoramas)
     settings = {
         "panoramas": [path.name for path in panoramas],

@@ -88,7 +88,9 @@ def study_paths(names: list[str]) -> list[Path]:
     paths = [Path(name) if name.endswith(".json") else EXAMPLES / "studies" / f"{name}.json" for name in names]
     for name, path in zip(names, paths, strict=True):
         if not path.is_file():
-            raise ValueError(f"there is no study {name!r}; there are {', '.join(known_studies())}, or name a JSON file.")
+            raise ValueError(
+                f"there is no study {name!r}; there are {', '.join(known_studies())}, or name a JSON file."
+            )
     if len({path.stem for path in paths}) != len(paths):
         raise ValueError(f"two of the studies have one name: {', '.join(names)}.")
     return paths
@@ -176,7 +178,10 @@ def prepare_data(study: Study, args: argparse.Namespace) -> None:
         subprocess.run(list(map(str, command)), check=True)
         done.touch()
     torch.set_num_threads(args.threads)
-    for folder in (args.train_data_dir or output_dir / "data" / "train", args.held_out_dir or output_dir / "data" / "held_out"):
+    for folder in (
+        args.train_data_dir or output_dir / "data" / "train",
+        args.held_out_dir or output_dir / "data" / "held_out",
+    ):
         size = study.rows[0].training["model"]["sample_size"]
         images = load_images(train_data_dir=folder, resolution=size, center_crop=True, cache_dir=output_dir / "cache")
     reference_features(check_features(study.evaluation), images, output_dir / "cache")
@@ -187,7 +192,9 @@ def train_all(runs: list[Run], processes: int) -> list[Run]:
     kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(kind)
     if kind == "forkserver":
-        context.set_forkserver_preload(["diffusers_hdit.study_runs", "accelerate", "datasets", "diffusers.optimization"])
+        context.set_forkserver_preload(
+            ["diffusers_hdit.study_runs", "accelerate", "datasets", "diffusers.optimization"]
+        )
     waiting = [run for run in runs if run.read_result() is None]
     total, began, finished, failed, active = len(waiting), time.time(), 0, [], {}
     while waiting or active:

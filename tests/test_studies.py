@@ -17,12 +17,6 @@ from diffusers_hdit import HDiTModel, diffusion, studies, study_report, study_ru
 
 RUN_STUDY = EXAMPLES / "run_study.py"
 MODEL = {**SMALL, "sample_size": 16, "widths": [16, 16], "depths": [1, 1]}
-NETWORK = """
-import torch
-def make():
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4, 4), torch.nn.GELU())
-"""
 BASE = {
     "data": {"resolution": 16, "views": 40, "held_out_views": 24},
     "budget": {"images": 64},
@@ -43,13 +37,6 @@ BASE = {
 ROWS = {"lerp": {"paper": 27.74}, "add": {"model": {"skip": "add"}}}
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    (tmp_path / "tiny_features.py").write_text(NETWORK)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", ""))))
-    return tmp_path
-
-
 def write_study(folder, name="skips", rows=ROWS, base=BASE, **more):
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"title": "Skips", "base": base, "rows": rows, **more}))
@@ -60,18 +47,18 @@ def texts(folder):
     return {path.name: path.read_text() for path in folder.iterdir() if path.suffix in (".md", ".csv")}
 
 
-def test_a_study_killed_and_continued_gives_the_same_tables(folder):
-    path = write_study(folder)
+def test_a_study_killed_and_continued_gives_the_same_tables(feature_folder):
+    path = write_study(feature_folder)
     # A second study with the default row under another name, and its defaults spelled out.
-    other = write_study(folder, "parts", {"lerp again": {"model": {"norm": "ada_rms_norm"}}})
-    output = run(RUN_STUDY, path, other, "--output_dir", folder / "whole", "--threads", 1)
-    assert "4 runs, 0 of them done" in output and len(list((folder / "whole" / "runs").iterdir())) == 4
-    whole = texts(folder / "whole")
+    other = write_study(feature_folder, "parts", {"lerp again": {"model": {"norm": "ada_rms_norm"}}})
+    output = run(RUN_STUDY, path, other, "--output_dir", feature_folder / "whole", "--threads", 1)
+    assert "4 runs, 0 of them done" in output and len(list((feature_folder / "whole" / "runs").iterdir())) == 4
+    whole = texts(feature_folder / "whole")
     assert set(whole) == {f"{name}{end}" for name in ("skips", "parts") for end in (".md", ".csv", "-points.csv")}
     for name in ("skips", "parts"):
-        assert (folder / "whole" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (feature_folder / "whole" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
-    killed = folder / "killed"
+    killed = feature_folder / "killed"
     process = start(RUN_STUDY, path, other, "--output_dir", killed, "--processes", 2, "--threads", 1)
     # In the middle of a training, and of an evaluation if the machine is quick.
     while not list(killed.glob("runs/*/pipeline/checkpoint-4")) and process.poll() is None:
@@ -93,9 +80,7 @@ def test_a_study_killed_and_continued_gives_the_same_tables(folder):
     assert [row["row"] for row in rows] == ["lerp", "add"] and rows[0]["paper"] == "27.74"
     assert {row["held-out loss n"] for row in rows} == {"2"} and float(rows[0]["images"]) == 64
     points = list(csv.DictReader(whole["skips-points.csv"].splitlines()))
-    by_seed = {
-        (p["row"], p["seed"]): float(p["held-out loss"]) for p in points if p["images"] == "64"
-    }
+    by_seed = {(p["row"], p["seed"]): float(p["held-out loss"]) for p in points if p["images"] == "64"}
     means = [(by_seed[name, "0"] + by_seed[name, "1"]) / 2 for name in ("lerp", "add")]
     assert math.isclose(float(rows[1]["held-out loss mean"]), means[1], rel_tol=1e-12)
     assert math.isclose(float(rows[1]["held-out loss difference mean"]), means[1] - means[0], abs_tol=1e-12)
@@ -105,16 +90,16 @@ def test_a_study_killed_and_continued_gives_the_same_tables(folder):
     assert again["held-out loss mean"] == rows[0]["held-out loss mean"]
 
 
-def test_a_failed_run_is_told_and_the_others_are_in_the_table(folder):
-    path = write_study(folder, seeds=[0])
+def test_a_failed_run_is_told_and_the_others_are_in_the_table(feature_folder):
+    path = write_study(feature_folder, seeds=[0])
     blocked = studies.read_study(path).rows[1]
-    (folder / "out" / "runs").mkdir(parents=True)
+    (feature_folder / "out" / "runs").mkdir(parents=True)
     # What this row's run would need as a folder is a file.
-    (folder / "out" / "runs" / f"{blocked.identity}-seed0").write_text("")
-    process = start(RUN_STUDY, path, "--output_dir", folder / "out", "--threads", 1)
+    (feature_folder / "out" / "runs" / f"{blocked.identity}-seed0").write_text("")
+    process = start(RUN_STUDY, path, "--output_dir", feature_folder / "out", "--threads", 1)
     output, _ = process.communicate()
     assert process.returncode == 1 and "1 runs failed" in output and "lerp, seed 0\n" in output
-    assert "Not finished: 1 of 2 runs" in (folder / "out" / "skips.md").read_text()
+    assert "Not finished: 1 of 2 runs" in (feature_folder / "out" / "skips.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -135,33 +120,38 @@ def test_a_failed_run_is_told_and_the_others_are_in_the_table(folder):
         (ROWS, {"base": "nowhere.json"}, "not a readable JSON"),
     ],
 )
-def test_malformed_studies_are_refused_before_any_work(folder, rows, more, message):
-    path = write_study(folder, rows=rows, **{**{"base": BASE}, **more}) if "base" in more else write_study(
-        folder, rows=rows, **more
+def test_malformed_studies_are_refused_before_any_work(feature_folder, rows, more, message):
+    path = (
+        write_study(feature_folder, rows=rows, **{**{"base": BASE}, **more})
+        if "base" in more
+        else write_study(feature_folder, rows=rows, **more)
     )
     with pytest.raises(ValueError, match=message):
         studies.read_study(path)
 
 
-def test_unknown_studies_and_folders_are_refused_before_any_work(folder):
+def test_unknown_studies_and_folders_are_refused_before_any_work(feature_folder):
     study = load_example("run_study")
     with pytest.raises(ValueError, match="no study 'nothing'; there are attention"):
-        study.main(["nothing", "--output_dir", str(folder / "out")])
+        study.main(["nothing", "--output_dir", str(feature_folder / "out")])
     with pytest.raises(SystemExit):
-        study.main(["skips", "--output_dir", str(folder / "out"), "--train_data_dir", str(folder)])
-    other = write_study(folder, "other", base={**BASE, "data": {**BASE["data"], "views": 41}})
+        study.main(["skips", "--output_dir", str(feature_folder / "out"), "--train_data_dir", str(feature_folder)])
+    other = write_study(feature_folder, "other", base={**BASE, "data": {**BASE["data"], "views": 41}})
     with pytest.raises(ModuleNotFoundError):
-        study.main([str(write_study(folder)), "--output_dir", str(folder / "out"), "--seeds", "0"])
-    (folder / "out").exists() and pytest.fail("something was written")
-    process = start(RUN_STUDY, write_study(folder), other, "--output_dir", folder / "out")
+        study.main([str(write_study(feature_folder)), "--output_dir", str(feature_folder / "out"), "--seeds", "0"])
+    (feature_folder / "out").exists() and pytest.fail("something was written")
+    process = start(RUN_STUDY, write_study(feature_folder), other, "--output_dir", feature_folder / "out")
     output, _ = process.communicate()
-    assert process.returncode == 1 and "have other views" in output and not (folder / "out").exists()
+    assert process.returncode == 1 and "have other views" in output and not (feature_folder / "out").exists()
 
 
 def test_the_studies_that_come_with_the_project():
     """Every row of each is one that can be trained; the default row is the same in all that have its budget."""
     study = load_example("run_study")
-    found = {name: studies.read_study(path) for name, path in zip(study.known_studies(), study.study_paths(study.known_studies()), strict=True)}
+    found = {
+        name: studies.read_study(path)
+        for name, path in zip(study.known_studies(), study.study_paths(study.known_studies()), strict=True)
+    }
     firsts = {name: s.rows[0].identity for name, s in found.items() if "images" in s.budget}
     assert firsts.pop("baselines") != firsts["attention"] and len(set(firsts.values())) == 1
     for s in found.values():
@@ -203,7 +193,9 @@ def test_held_out_errors_are_those_of_the_loss(make_model):
     target = (x - 0.25 / total * noised) / (sigma * 0.5 / total.sqrt())
     assert math.isclose((output - target).square().mean().item(), found["error"][1], rel_tol=1e-5)
     weights = [(s * 0.5) ** 2 / (s**2 + 0.25) ** 2 for s in found["sigma"]]
-    assert math.isclose(found["loss"], sum(w * e for w, e in zip(weights, found["error"], strict=True)) / 4, rel_tol=1e-5)
+    assert math.isclose(
+        found["loss"], sum(w * e for w, e in zip(weights, found["error"], strict=True)) / 4, rel_tol=1e-5
+    )
     assert found["sigma"] == sorted(found["sigma"], reverse=True)
     assert diffusion.WEIGHTINGS.keys() >= {"soft-min-snr"}
 
@@ -254,7 +246,7 @@ def test_views_of_panoramas(tmp_path):
         make.main(["--panoramas", str(tmp_path / "one" / "x"), "--output_dir", str(tmp_path / "new")])
 
 
-def test_the_command_ends_when_it_is_done(folder):
+def test_the_command_ends_when_it_is_done(feature_folder):
     """A dry run says what would be done, and writes nothing."""
-    output = finish(start(RUN_STUDY, write_study(folder), "--output_dir", folder / "out", "--dry_run"))
-    assert "lerp" in output and "4 runs, 0 of them done" in output and not (folder / "out").exists()
+    output = finish(start(RUN_STUDY, write_study(feature_folder), "--output_dir", feature_folder / "out", "--dry_run"))
+    assert "lerp" in output and "4 runs, 0 of them done" in output and not (feature_folder / "out").exists()

@@ -115,9 +115,7 @@ def read_study(path: Path, data_identity: str = "", seeds: Sequence[int] | None 
             rows.append(make_row(name, change, base["training"], budget, evaluation, list(row_seeds), data_identity))
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}, row {name!r}: {error}") from error
-    return Study(
-        path.stem, study.get("title", path.stem), study.get("question", ""), budget, rows, data, evaluation
-    )
+    return Study(path.stem, study.get("title", path.stem), study.get("question", ""), budget, rows, data, evaluation)
 
 
 def read_json(path: Path) -> dict:
@@ -138,11 +136,15 @@ def checked_base(base: dict, path: Path) -> tuple[dict, dict]:
         wrong = sorted(set(base[part]) ^ set(kinds))
         wrong += [key for key, kind in kinds.items() if key in base[part] and type(base[part][key]) is not kind]
         if wrong:
-            raise ValueError(f'"{part}" in the base of {path} needs just {", ".join(kinds)}; wrong: {", ".join(wrong)}.')
+            raise ValueError(
+                f'"{part}" in the base of {path} needs just {", ".join(kinds)}; wrong: {", ".join(wrong)}.'
+            )
     evaluation = base["evaluation"]
     shares = evaluation["loss_at"] + evaluation["distances_at"]
     if not all(0 < share <= 1 for share in shares) or 1 not in evaluation["loss_at"]:
-        raise ValueError(f"loss_at and distances_at in the base of {path} are shares up to 1, loss_at with 1: {shares}.")
+        raise ValueError(
+            f"loss_at and distances_at in the base of {path} are shares up to 1, loss_at with 1: {shares}."
+        )
     return base["data"], evaluation
 
 
@@ -225,7 +227,9 @@ def cost(args: argparse.Namespace) -> tuple[int, int]:
 
 def counted_macs(network: nn.Module, args: argparse.Namespace) -> int:
     """Of any network that is called like ours, on the meta device: matrix products and convolutions, as PyTorch counts."""
-    height, width = (args.model["sample_size"],) * 2 if isinstance(args.model["sample_size"], int) else args.model["sample_size"]
+    height, width = (
+        (args.model["sample_size"],) * 2 if isinstance(args.model["sample_size"], int) else args.model["sample_size"]
+    )
     sample = torch.empty(1, args.model.get("in_channels", 3), height, width, device="meta")
     counter = FlopCounterMode(display=False)
     # The fused kernels of the CPU are not counted.
@@ -243,14 +247,10 @@ def different_from_default(args: argparse.Namespace) -> dict:
     """What makes a training this one, whether a file spells the defaults out or leaves them out."""
     defaults = vars(parse_args(["--output_dir", "unused", "--train_data_dir", "unused"]))
     left_out = {*NOT_FOR_ROWS, "model", "checkpointed_levels", "preset"}
-    settings = {
-        key: value for key, value in vars(args).items() if key not in left_out and value != defaults.get(key)
-    }
+    settings = {key: value for key, value in vars(args).items() if key not in left_out and value != defaults.get(key)}
     if type(make_network_on_meta(args)) is HDiTModel:
         signature = inspect.signature(HDiTModel.__init__).parameters
-        model = {
-            key: value for key, value in as_json(args.model).items() if value != as_json(signature[key].default)
-        }
+        model = {key: value for key, value in as_json(args.model).items() if value != as_json(signature[key].default)}
     else:
         model = args.model
     return as_json({**settings, "model": model})

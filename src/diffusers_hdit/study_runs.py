@@ -154,9 +154,7 @@ def evaluate(run: Run) -> dict:
     pipeline.set_progress_bar_config(disable=True)
     size = pipeline.transformer.sample_size
     # load_images only to read the same way as the training does.
-    held_out = load_images(
-        train_data_dir=run.held_out_dir, resolution=size, center_crop=True, cache_dir=run.cache_dir
-    )
+    held_out = load_images(train_data_dir=run.held_out_dir, resolution=size, center_crop=True, cache_dir=run.cache_dir)
     extractor = metrics.load_extractor(run.evaluation["feature_network"], run.evaluation["network_resolution"])
     real = reference_features(extractor, held_out, run.cache_dir)
     points = []
