@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if not args.report_only:
             prepare_data(studies[0], args)
-            failed = train_all(runs, args.processes)
+            failed = train_all(runs, args.processes, args.max_minutes)
     finally:
         for study in studies:
             for path in study_report.write(study, results_of(study, runs), Path(args.output_dir)):
@@ -66,6 +66,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", help="in place of those that the studies name")
     add("--train_data_dir", help="folder of images to train on; needs --held_out_dir")
     add("--held_out_dir", help="folder of other images: for the held-out loss, and to measure distances from")
+    add("--max_minutes", type=float, help="begin no run after this; the same command goes on with the others")
     add("--dry_run", action="store_true", help="say what would be done, and end")
     add("--report_only", action="store_true", help="train nothing; tables and plots of what is there")
     args = parser.parse_args(argv)
@@ -187,7 +188,7 @@ def prepare_data(study: Study, args: argparse.Namespace) -> None:
     reference_features(check_features(study.evaluation), images, output_dir / "cache")
 
 
-def train_all(runs: list[Run], processes: int) -> list[Run]:
+def train_all(runs: list[Run], processes: int, max_minutes: float | None = None) -> list[Run]:
     """In processes of their own, which begin as copies of one that has imported everything; returns those that failed."""
     kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(kind)
@@ -198,12 +199,16 @@ def train_all(runs: list[Run], processes: int) -> list[Run]:
     waiting = [run for run in runs if run.read_result() is None]
     total, began, finished, failed, active = len(waiting), time.time(), 0, [], {}
     while waiting or active:
+        if max_minutes is not None and waiting and time.time() - began > 60 * max_minutes:
+            print(f"{max_minutes:g} minutes are over: {len(waiting)} runs were not begun.")
+            waiting = []
         while waiting and len(active) < processes:
             run = waiting.pop(0)
             process = context.Process(target=carry_out, args=(run,))
             process.start()
             active[process.sentinel] = (process, run)
-        for sentinel in multiprocessing.connection.wait(list(active)):
+        # Nothing is active if the time was over at once.
+        for sentinel in multiprocessing.connection.wait(list(active)) if active else ():
             process, run = active.pop(sentinel)
             process.join()
             finished += 1

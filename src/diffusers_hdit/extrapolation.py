@@ -89,12 +89,13 @@ def finetune(network: HDiTModel, dataset, steps: int, args: argparse.Namespace) 
     averages = Averages(network, args.ema_decay)
     batches = iter(make_loader(dataset, batch_size=args.train_batch_size, seed=args.seed))
     network.train()
+    draws = {"num_classes": None, "image_size": max(dataset.resolution), "strata": {}, "args": args}
+    if network.config.get("self_conditioning"):
+        draws["self_conditioning"] = True
     for _ in tqdm(range(steps), desc="fine-tuning", unit="step"):
         batch = next(batches)
         seed_dropout(args.seed, batch["number"][0].item())
-        losses, _ = draw_and_compute_loss(
-            network, batch, device, num_classes=None, image_size=max(dataset.resolution), strata={}, args=args
-        )
+        losses, _ = draw_and_compute_loss(network, batch, device, **draws)
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
         optimizer.step()

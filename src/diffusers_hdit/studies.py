@@ -239,8 +239,8 @@ def counted_macs(network: nn.Module, args: argparse.Namespace) -> int:
 
 
 def extra_passes(args: argparse.Namespace) -> float:
-    """Forward passes of a training step besides its own: self-conditioning's first one, half of the time."""
-    return 0.5 if args.model.get("self_conditioning") else 0.0
+    """Forward passes of a training step besides its own: self-conditioning's first one."""
+    return 1.0 if args.model.get("self_conditioning") else 0.0
 
 
 def different_from_default(args: argparse.Namespace) -> dict:

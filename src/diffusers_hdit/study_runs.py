@@ -219,7 +219,13 @@ def held_out_errors(network: nn.Module, images, evaluation: dict, sigma_data: fl
 
 
 def errors(network: nn.Module, image: Tensor, noise: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
-    return diffusion.loss(network, image, noise, sigma, sigma_data, weighting="karras")
+    # With self-conditioning, of the second pass: what sampling sees from its second step on.
+    known = {"self_conditioned": torch.ones(len(image), dtype=torch.bool)} if self_conditioned(network) else {}
+    return diffusion.loss(network, image, noise, sigma, sigma_data, weighting="karras", **known)
+
+
+def self_conditioned(network: nn.Module) -> bool:
+    return bool(network.config.get("self_conditioning"))
 
 
 def draw(pipeline: HDiTPipeline, evaluation: dict, **size) -> Iterator[Tensor]:
