@@ -187,9 +187,10 @@ def draw(study: Study, results: dict[str, dict[int, dict]], path: Path) -> None:
     by noise level relative to the first row.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, MaxNLocator, StrMethodFormatter
 
     rows = [row for row in study.rows if results[row.name]]
-    colors = {row.name: f"C{i}" if i < 10 else f"C{i - 10}" for i, row in enumerate(study.rows)}
+    colors = {row.name: f"C{i % 10}" for i, row in enumerate(study.rows)}
     figure = Figure(figsize=(15, 8.5), layout="constrained")
     axes = figure.subplots(2, 3)
     for line, measure in enumerate(("held-out loss", "kernel distance")):
@@ -199,13 +200,12 @@ def draw(study: Study, results: dict[str, dict[int, dict]], path: Path) -> None:
                 draw_curve(axis, row, results[row.name], measure, against, colors[row.name])
             unit = "training images" if against == "images" else "training FLOPs (forward and backward)"
             axis.set(xlabel=unit, ylabel=f"{measure}{' (soft-min-snr, EMA)' if line == 0 else ' (EMA)'}")
-            axis.set_yscale("log")
-            if against == "flops":
-                axis.set_xscale("log")
+            # Unbiased kernel distances can be negative.
+            axis.set_yscale("log" if line == 0 else "linear")
     for row in rows:
         images, losses = training_curve(results[row.name], window=10)
         axes[0, 2].plot(images[9:], losses[9:], color=colors[row.name], linewidth=1.2)
-    axes[0, 2].set(xlabel="training images", ylabel="training loss (each row's own weighting; mean of 100 steps)")
+    axes[0, 2].set(xlabel="training images", ylabel="training loss (own weighting, running mean)")
     axes[0, 2].set_yscale("log")
     if results[study.rows[0].name]:
         _, reference_errors = errors_by_level(results[study.rows[0].name])
@@ -218,6 +218,13 @@ def draw(study: Study, results: dict[str, dict[int, dict]], path: Path) -> None:
         ylabel=f"held-out error against {study.rows[0].name} (%)",
         xscale="log",
     )
+    for axis in (axes[0, 0], axes[0, 1], axes[0, 2]):
+        # Plain numbers: less than a decade has no power of ten to show.
+        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
+    for axis in (*axes[:, 0], axes[0, 2]):
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     for axis in axes.flat:
         axis.grid(alpha=0.3, which="both")
     handles = [axes[0, 0].plot([], [], color=colors[row.name], marker="o", label=row.name)[0] for row in rows]
