@@ -154,6 +154,13 @@ def test_the_studies_that_come_with_the_project(name):
     assert default.identity in {row.identity for row in study.rows}
 
 
+def test_a_model_of_another_type_has_arguments_of_its_own():
+    base = {"model": {"widths": [16]}, "learning_rate": 1.0}
+    assert studies.merged(base, {"model": {"depths": [1]}})["model"] == {"widths": [16], "depths": [1]}
+    other = {"model_type": "dit", "model": {"num_layers": 2}}
+    assert studies.merged(base, other) == {**other, "learning_rate": 1.0}
+
+
 def test_budgets_of_flops_and_what_they_count():
     rows = {"patch 2": {}, "patch 4": {"model": {"patch_size": 4}}}
     one, other = (

@@ -182,7 +182,9 @@ def make_row(name, change: dict, training: dict, budget, evaluation, seeds, data
 
 
 def merged(base: dict, change: dict) -> dict:
-    """`change` over `base`; objects ("model", "scheduler") key by key."""
+    """`change` over `base`; objects ("model", "scheduler") key by key, but for a model of another type."""
+    if change.get("model_type", base.get("model_type")) != base.get("model_type"):
+        base = {key: value for key, value in base.items() if key != "model"}
     both = {
         key: {**base[key], **value} if isinstance(value, dict) and isinstance(base.get(key), dict) else value
         for key, value in change.items()
