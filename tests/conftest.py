@@ -61,3 +61,19 @@ SMALL = {
 def make_model():
     """Makes a small random model; keyword arguments override its configuration."""
     return lambda **overrides: randomize(HDiTModel(**{**SMALL, **overrides})).eval()
+
+
+FEATURE_NETWORK = """
+import torch
+def make():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4, 4), torch.nn.GELU())
+"""
+
+
+@pytest.fixture
+def feature_folder(tmp_path, monkeypatch):
+    """A folder, in which processes find a feature network: tiny_features:make."""
+    (tmp_path / "tiny_features.py").write_text(FEATURE_NETWORK)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", ""))))
+    return tmp_path

@@ -95,22 +95,37 @@ class AdaLayerNorm(nn.Module):
 
 class PatchInWithPositions(nn.Module):
     """Patches `(B, H, W, C) -> (B, h, w, D)` plus a learned vector for each place (Dosovitskiy et al. 2021, arXiv
-    2010.11929). The vectors are those of the model's sample_size; other sizes get them resampled linearly."""
+    2010.11929). The vectors are those of the model's sample_size; other sizes get them resampled linearly, or, with
+    `keep_spacing`, those in the middle, continued outside by the ones at the border."""
 
     def __init__(self, merge: nn.Module, height: int, width: int, dim: int):
         super().__init__()
         self.merge = merge
+        self.keep_spacing = False
         self.positions = nn.Parameter(torch.empty(1, height, width, dim))
         nn.init.normal_(self.positions, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.merge(x)
-        positions, size = self.positions, x.shape[1:3]
-        if size != positions.shape[1:3]:
-            dtype = torch.promote_types(positions.dtype, torch.float32)
-            positions = positions.permute(0, 3, 1, 2).to(dtype)
-            positions = F.interpolate(positions, size, mode="bilinear", antialias=True).permute(0, 2, 3, 1)
-        return x + positions.to(x.dtype)
+        return x + self.positions_for(*x.shape[1:3]).to(x.dtype)
+
+    def positions_for(self, height: int, width: int) -> Tensor:
+        """`(1, height, width, D)`, at least float32 where they are not the learned ones themselves."""
+        known = self.positions.shape[1:3]
+        if (height, width) == known:
+            return self.positions
+        positions = self.positions.permute(0, 3, 1, 2).to(torch.promote_types(self.positions.dtype, torch.float32))
+        if self.keep_spacing:
+            # Token centres in units of the learned grid's halves: those between two tokens get a mean of both.
+            y, x = (
+                (torch.arange(n, device=positions.device, dtype=positions.dtype) * 2 + 1 - n) / k
+                for n, k in zip((height, width), known, strict=True)
+            )
+            grid = torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1)[None]
+            resampled = F.grid_sample(positions, grid, padding_mode="border", align_corners=False)
+        else:
+            resampled = F.interpolate(positions, (height, width), mode="bilinear", antialias=True)
+        return resampled.permute(0, 2, 3, 1)
 
 
 class SplitAndAdd(nn.Module):

@@ -96,6 +96,8 @@ def reference_config(model: HDiTModel, scheduler_config: Mapping, original: dict
             f"model has augment_cond_dim={model.config.augment_cond_dim}, {inputs} input channels, out_channels={out_channels}."
         )
     other = [f"{name}={model.config[name]!r}" for name, choices in PARTS.items() if model.config[name] != choices[0]]
+    if model.config.position_size is not None:
+        other.append(f"position_size={model.config.position_size}")
     reference_types = {ours: name for name, ours in ATTENTION_TYPES.items()}
     other += [f"attention type {level.type!r}" for level in model.levels if level.type not in reference_types]
     if other:

@@ -51,11 +51,12 @@ class HDiTModelOutput(BaseOutput):
 # Positions: axial rotary embeddings
 
 
-def axial_positions(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token centres `y (h,)` and `x (w,)` on a grid that fills [-1, 1] along the longer side, aspect ratio kept."""
+def axial_positions(height: int, width: int, device: torch.device, across: int | None = None) -> tuple[Tensor, Tensor]:
+    """Token centres `y (h,)` and `x (w,)` on a grid around 0, aspect ratio kept, of which `across` tokens fill [-1, 1]: as
+    many as the longer side has, if not given."""
 
     def centres(length: int) -> Tensor:
-        bound = length / max(height, width)
+        bound = length / (across or max(height, width))
         edges = torch.linspace(-bound, bound, length + 1, device=device, dtype=torch.float32)
         return (edges[:-1] + edges[1:]) / 2
 
@@ -503,8 +504,10 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
         norm (`str`): "ada_rms_norm" or "ada_layer_norm" in the blocks.
         self_conditioning (`bool`): whether the network also sees an earlier estimate of the clean image (Chen et al. 2022,
             arXiv 2208.04202), as `self_cond`.
+        position_size (`int` or `(int, int)`, *optional*): see `set_position_size`.
 
-    The last five, "axial" and "sliding_window" are for ablations (see `ablations.py`); the defaults are the paper's.
+    `position_embedding`, `skip`, `activation`, `norm`, `self_conditioning`, "axial" and "sliding_window" are for
+    ablations (see `ablations.py`); the defaults are the paper's.
 
     Raises:
         ValueError: for lists of different lengths, unknown attention types, and sizes that do not fit each other; for
@@ -550,6 +553,7 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
         activation: str = "geglu",
         norm: str = "ada_rms_norm",
         self_conditioning: bool = False,
+        position_size: int | tuple[int, int] | None = None,
     ):
         super().__init__()
         self.levels = resolve_levels(
@@ -612,6 +616,8 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
             self.splits.append(make_split(skip, inner.width, level.width))
             self.up_blocks.append(make_blocks(level, mapping_width, first_index=level.depth))
         self.transformer_blocks = make_blocks(self.levels[-1], mapping_width)
+
+        self.set_position_size(position_size)
 
         self.norm_out = RMSNorm(outermost)
         self.patch_out = TokenSplit(outermost, out_channels or in_channels, self.patch_size)
@@ -696,7 +702,7 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
     def rotary_tables(self, height: int, width: int, device: torch.device) -> list[tuple[Tensor, Tensor] | None]:
         """One pair of tables a level, for outermost tokens height × width; None for a level that rotates nothing."""
         tables = []
-        y, x = axial_positions(height, width, device)
+        y, x = axial_positions(height, width, device, self.tokens_across)
         for i, level in enumerate(self.levels):
             if i:
                 y, x = y.unflatten(0, (-1, 2)).mean(1), x.unflatten(0, (-1, 2)).mean(1)
@@ -731,6 +737,34 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
                 )
         if problems:
             raise ValueError(f"This model can't process {height}×{width} images: {'; '.join(problems)}.")
+
+    def set_position_size(self, size: int | tuple[int, int] | None) -> None:
+        """
+        Where the tokens of an image of another size than the trained one are. It is part of the saved configuration.
+
+        Args:
+            size: None (the paper's): every image fills [-1, 1], so that larger ones have their tokens closer together.
+                A number of pixels, or (height, width): images of that size fill [-1, 1], and all others keep its spacing,
+                so that larger ones reach further out. Additive positions know the spacing of `sample_size` only; outside
+                of it, where nothing was learned, they are those of the nearest token of its border.
+
+        Raises:
+            ValueError: for a model without positions, and for another size than `sample_size` with additive ones.
+        """
+        additive = isinstance(self.patch_in, PatchInWithPositions)
+        rotary = any(level.heads and level.rotary for level in self.levels)
+        if size is not None and not (additive or rotary):
+            raise ValueError(f"position_size={size} was given, but this model has no positions. Leave it out.")
+        if size is not None and additive and pair("position_size", size) != self.sample_size:
+            raise ValueError(
+                f"position_size={size}: additive positions keep the spacing of the sample_size they were learned at, "
+                f"{self.sample_size}. Give that, or None."
+            )
+        if additive:
+            self.patch_in.keep_spacing = size is not None
+        tokens = None if size is None else zip(pair("position_size", size), self.patch_size, strict=True)
+        self.tokens_across = None if tokens is None else max(length / patch for length, patch in tokens)
+        self.register_to_config(position_size=size)
 
     def set_gradient_checkpointing_levels(self, levels: Sequence[int]) -> None:
         """
