@@ -76,7 +76,7 @@ def earlier_estimate(
     """
     with torch.no_grad():
         estimate = denoise(model, noised, sigma, sigma_data, **model_kwargs)
-    # Autocast keeps the weights it has cast. Cast in a pass without gradients, they would get none in the next one.
+    # Older PyTorch's autocast would use the weights that it cast here again, where they need gradients (2.6 does).
     torch.clear_autocast_cache()
     return torch.where(_like(estimate, shown), estimate, 0.0)
 
