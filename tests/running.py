@@ -69,11 +69,11 @@ def run(*command, threads="1"):
     return finish(start(*command, threads=threads))
 
 
-def launch(*arguments, processes=2):
-    return finish(start_launch(*arguments, processes=processes))
+def launch(*arguments, processes=2, script=TRAIN):
+    return finish(start_launch(*arguments, processes=processes, script=script))
 
 
-def start_launch(kind, *arguments, processes=2):
+def start_launch(kind, *arguments, processes=2, script=TRAIN):
     """Through `accelerate launch`, on this machine's cores: "ddp", "fsdp2" or "deepspeed"."""
     flags = {
         "ddp": ["--multi_gpu"],
@@ -82,7 +82,7 @@ def start_launch(kind, *arguments, processes=2):
     }[kind]
     return start(
         "-m", "accelerate.commands.launch", *flags, "--num_processes", processes, "--num_machines", 1,
-        "--dynamo_backend", "no", "--mixed_precision", "no", "--main_process_port", free_port(), TRAIN, *arguments,
+        "--dynamo_backend", "no", "--mixed_precision", "no", "--main_process_port", free_port(), script, *arguments,
     )  # fmt: skip
 
 

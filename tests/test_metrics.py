@@ -116,6 +116,31 @@ def test_precision_and_recall_against_loops(block, monkeypatch):
         metrics.precision_recall(generated[:3], real)
 
 
+@pytest.mark.parametrize("block", [1024, 7])
+def test_cmmd_against_the_double_sum(block, monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    x, y = (torch.nn.functional.normalize(features(n, seed=n), dim=1) for n in (17, 23))
+
+    def mean(a, b):
+        squares = [sum((float(p) - float(q)) ** 2 for p, q in zip(s, t, strict=True)) for s in a for t in b]
+        return sum(math.exp(-square / 200) for square in squares) / len(squares)
+
+    expected = 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
+    assert metrics.cmmd(x, y) == pytest.approx(expected, rel=1e-8) and expected > 0
+    assert abs(metrics.cmmd(x, x)) < 1e-9
+
+
+def test_inception_score_in_closed_form():
+    """Images that are surely of one of four classes score 4; images that all look alike score 1."""
+    sure = 100 * nn.functional.one_hot(torch.arange(400) % 4, 7).double()
+    assert metrics.inception_score(sure, splits=1) == (pytest.approx(4, abs=1e-9), 0)
+    assert metrics.inception_score(torch.zeros(40, 7)) == (pytest.approx(1), pytest.approx(0))
+    by_class = sure[(torch.arange(400) % 4).argsort()]
+    assert metrics.inception_score(by_class)[0] > 3.5, "images sorted by class are mixed before they are divided"
+    with pytest.raises(ValueError, match="at least 10 images"):
+        metrics.inception_score(sure[:9])
+
+
 def test_nearest_neighbors_and_near_copies():
     real = features(50)
     noise = features(50, seed=5)
@@ -139,10 +164,11 @@ def test_sets_that_do_not_fit():
 
 
 def test_torchmetrics_agrees():
-    torchmetrics = pytest.importorskip(
-        "torchmetrics", reason="torchmetrics is not installed (pip install torchmetrics)"
-    )
+    reason = "torchmetrics is not installed, or torch-fidelity without torchvision (pip install torchmetrics)"
+    torchmetrics = pytest.importorskip("torchmetrics", reason=reason)
+    pytest.importorskip("torchmetrics.image.fid", reason=reason, exc_type=ImportError)
     from torchmetrics.image.fid import _compute_fid
+    from torchmetrics.image.inception import InceptionScore
     from torchmetrics.image.kid import poly_mmd
 
     assert torchmetrics.__version__
@@ -151,6 +177,10 @@ def test_torchmetrics_agrees():
     assert metrics.kernel_distance(x, y) == pytest.approx(theirs, rel=1e-4)
     statistics = (*metrics.mean_and_covariance(x), *metrics.mean_and_covariance(y))
     assert metrics.frechet_distance(*statistics) == pytest.approx(_compute_fid(*statistics).item(), rel=1e-4)
+    score = InceptionScore(feature=nn.Identity(), splits=10)
+    score.update(x)
+    torch.manual_seed(7)  # its order of the images is the global generator's
+    assert metrics.inception_score(x, seed=7)[0] == pytest.approx(score.compute()[0].item(), rel=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -275,26 +275,33 @@ def load_transformer(name: str, source: str, resolution: int | None, resize_filt
     measures of generated images do not (as in the papers of CMMD and of the DINOv2 distance).
     """
     try:
-        from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
+        from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection, logging
     except ImportError as error:
         raise ImportError(f"the feature network {name} needs transformers: pip install transformers") from error
     make, kinds, wrapper = {
         "dinov2": (AutoModel, ("dinov2", "dinov2_with_registers"), Dinov2Images),
         "clip": (CLIPVisionModelWithProjection, ("clip", "clip_vision_model"), ClipImages),
     }[name]
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # of the weights that are left out, CLIP's text part, there would be a long list
     try:
         config = AutoConfig.from_pretrained(source)
         processor = AutoImageProcessor.from_pretrained(source)
         if config.model_type not in kinds:
             raise ValueError(f"{source!r} has a model of type {config.model_type}; {name} is {' or '.join(kinds)}.")
-        model, info = make.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
+        if config.model_type == "clip":  # the vision part's own configuration may be silent on this
+            config.vision_config.projection_dim = config.projection_dim
+            config = config.vision_config
+        model, info = make.from_pretrained(source, config=config, output_loading_info=True, torch_dtype=torch.float32)
     except OSError as error:
         raise OSError(
             f"the weights {source!r} of the feature network {name} could not be loaded ({error}). Give a folder that "
             "has them: --feature_weights DIR."
         ) from error
-    if info["missing_keys"]:
-        raise ValueError(f"{source!r} lacks weights of {name}: {', '.join(sorted(info['missing_keys'])[:5])} ...")
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{source!r} lacks {len(missing)} of the weights of {name}: {', '.join(missing[:3])}, ...")
     own_size, own_filter = input_of(processor, source)
     if name == "clip" and resolution not in (None, model.config.image_size):
         raise ValueError(f"{source!r} sees {model.config.image_size} pixels a side, not {resolution}.")
