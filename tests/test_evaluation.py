@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -239,8 +240,8 @@ def test_metrics_in_training_disturb_nothing_and_are_resumed(tmp_path, with_test
     first = whole[0][2][0]
     assert first["name"] == "kernel_distance" and first["images"] == 6 and first["steps"] == 2
     assert first["sampler"]["class"] == "EDMDPMSolverMultistepScheduler" and first["conditions"] == ["class_labels"]
-    # From step 3, after which step 4 is measured anew; and from 6, before which it is not.
-    for step in (3, 6, 9):
+    # From step 3, after which the others are measured anew; and from the end, where only the last one is.
+    for step in (3, 9):
         folder = tmp_path / f"from-{step}"
         folder.mkdir()
         shutil.copytree(tmp_path / "run" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
@@ -252,6 +253,8 @@ def test_metrics_in_training_disturb_nothing_and_are_resumed(tmp_path, with_test
         run(TRAIN, "--config", config, "--output_dir", folder)
         assert measured(folder) == whole, step
         assert equal(weights(folder), weights(tmp_path / "run"))
+    run(TRAIN, "--config", config, "--output_dir", tmp_path / "run")
+    assert measured(tmp_path / "run") == whole, "a finished run measures nothing twice"
     # What is saved at the end is what was measured last.
     output = tmp_path / "results.json"
     run(
@@ -262,7 +265,7 @@ def test_metrics_in_training_disturb_nothing_and_are_resumed(tmp_path, with_test
         assert ours["value"] == pytest.approx(theirs["value"], rel=1e-6) and ours["sampler"] == theirs["sampler"]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_metrics_in_training_on_two_processes(kind, tmp_path, with_tests_on_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = {**SMALL, "sample_size": 16, "widths": [32, 32], "depths": [1, 1]}
@@ -275,18 +278,17 @@ def test_metrics_in_training_on_two_processes(kind, tmp_path, with_tests_on_path
         assert ours["name"] == theirs["name"] and ours["value"] == pytest.approx(theirs["value"], abs=1e-3)
 
 
-def test_what_training_refuses_beforehand(tmp_path, with_tests_on_path):
-    def refused(**overrides):
-        config = write_config(tmp_path, **{**ON_THE_WAY, **overrides})
-        process = start(TRAIN, "--config", config, "--output_dir", tmp_path / "run")
-        output, _ = process.communicate()
-        assert process.returncode != 0 and not (tmp_path / "run").exists()
-        return output
-
-    output = refused(feature_network="inception-v3", feature_weights=str(tmp_path / "nothing"))
-    assert "error: there is no file" in output or "pip install torch-fidelity" in output
-    assert "error: " in output and "Traceback" not in output
-    assert "fid is a metric of the feature network inception-v3" in refused(metrics=["fid"])
+def test_what_training_refuses_beforehand(tmp_path, faces, with_tests_on_path):
+    config = write_config(tmp_path, **{**ON_THE_WAY, "metrics": ["fid"]})
+    process = start(TRAIN, "--config", config, "--output_dir", tmp_path / "run")
+    output, _ = process.communicate()
+    assert process.returncode != 0 and not (tmp_path / "run").exists()
+    assert "error: fid is a metric of the feature network inception-v3" in output and "Traceback" not in output
+    args = SimpleNamespace(metrics_every=5, metrics=None, feature_network="clip", feature_weights=str(tmp_path / "no"))
+    with pytest.raises((OSError, ImportError), match="--feature_weights DIR|pip install"):
+        evaluation.metrics_on_the_way(args, faces)
+    args.metrics_every = None
+    assert evaluation.metrics_on_the_way(args, faces) is None
 
 
 def test_flags_of_training(capsys):

@@ -22,7 +22,7 @@ def images():
 def inception_file(tmp_path_factory):
     """A file of the right state dict, with random values."""
     if not importlib.util.find_spec("torch_fidelity"):
-        pytest.skip("torch-fidelity is not installed (pip install torch-fidelity)")
+        pytest.skip("torch-fidelity is not installed (pip install --no-deps torch-fidelity)")
     make = feature_networks.torch_fidelity_inception()
     path = tmp_path_factory.mktemp("inception") / "inception.pth"
     with pytest.MonkeyPatch.context() as patch:  # it can't be made without weights: make it with none loaded
@@ -95,7 +95,7 @@ def test_inception_without_a_way_to_fetch_it(inception_file, tmp_path, monkeypat
 
 def test_inception_without_its_package(monkeypatch):
     monkeypatch.setattr(feature_networks.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install torch-fidelity"):
+    with pytest.raises(ImportError, match="--no-deps torch-fidelity"):
         metrics.load_extractor("inception-v3")
 
 

@@ -223,7 +223,10 @@ def torch_fidelity_inception() -> type[nn.Module]:
     """
     spec = importlib.util.find_spec("torch_fidelity")
     if spec is None:
-        raise ImportError("the feature network inception-v3 needs torch-fidelity: pip install torch-fidelity")
+        raise ImportError(
+            'the feature network inception-v3 needs torch-fidelity: pip install "diffusers-hdit[fid]", or '
+            "pip install --no-deps torch-fidelity, without the torchvision that it asks for"
+        )
     if "torch_fidelity" in sys.modules:
         return importlib.import_module("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
     package = types.ModuleType("torch_fidelity")
@@ -277,7 +280,9 @@ def load_transformer(name: str, source: str, resolution: int | None, resize_filt
     try:
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection, logging
     except ImportError as error:
-        raise ImportError(f"the feature network {name} needs transformers: pip install transformers") from error
+        raise ImportError(
+            f'the feature network {name} needs transformers: pip install "diffusers-hdit[eval]"'
+        ) from error
     make, kinds, wrapper = {
         "dinov2": (AutoModel, ("dinov2", "dinov2_with_registers"), Dinov2Images),
         "clip": (CLIPVisionModelWithProjection, ("clip", "clip_vision_model"), ClipImages),
