@@ -1,24 +1,25 @@
 """Draws images from a pipeline and compares them with real ones.
 
-    python examples/evaluate_hdit.py --pipeline DIR --train_data_dir my_images --num_images 5000 --output results.json
+    accelerate launch examples/evaluate_hdit.py --pipeline DIR --train_data_dir my_images --num_images 5000 --output FILE
 
-Image number i is drawn from a seed of its own, so that it does not depend on the batch size. Classes come in turn, or
-with --label_column in the proportions of the real images.
+Image number i is drawn from a seed of its own. Several processes draw a share each and find what one finds, to the bit at
+the same --batch_size. Classes come in turn, or with --label_column in the proportions of the real images; conditions
+(--condition_columns) are the real images'.
 """
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from diffusers_hdit import HDiTPipeline, metrics
+from diffusers_hdit import HDiTPipeline, evaluation, metrics
 from diffusers_hdit.data import load_images
-from diffusers_hdit.many_images import image_seed
+from diffusers_hdit.feature_networks import NETWORKS
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,34 +32,89 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--split", default="train")
     add("--image_column", default="image")
     add("--label_column", help="draw classes in the proportions of the real images")
+    add("--condition_columns", nargs="+", help="of a model trained on them: draw with the real images' conditions")
     add("--cache_dir", help="for the check of the images and the features of the real ones")
-    add("--metrics", nargs="+", default=list(metrics.METRICS), choices=metrics.METRICS)
+    add("--metrics", nargs="+", choices=metrics.METRICS, help="default: those that the feature network has")
     add("--num_images", type=int, default=5000)
-    add("--feature_network", default="efficientnet-lite0", help="or module:function that returns a network")
+    add("--feature_network", default="efficientnet-lite0", help=f"{', '.join(NETWORKS)}, or module:function")
+    add("--feature_weights", help="file (inception-v3), folder or name on the Hub (dinov2, clip); default: fetched")
     add("--network_resolution", type=int, help="resize images to this for the network; default: the network's own")
-    add("--resize_filter", default="bicubic", choices=("bicubic", "bilinear"))
+    add("--resize_filter", choices=("bicubic", "bilinear"), help="default: the network's own")
+    add("--reference_statistics", help=".npz with mu and sigma in place of real images: fid, frechet_distance only")
+    add("--save_statistics", help="also write the real images' mu and sigma, in ADM's format")
     add("--num_inference_steps", type=int, default=50)
     add("--guidance_scale", type=float, default=1.0)
     add("--batch_size", type=int, default=64)
     add("--seed", type=int, default=0)
     add("--output", help="JSON file to write the results to")
     add("--save_npz", help="also write the images as a batch for ADM's evaluator")
+    add("--neighbors_picture", help="also draw the images most like real ones beside their nearest neighbours")
+    add("--neighbors", type=int, default=4, help="neighbours in a row of that picture")
+    add("--neighbors_rows", type=int, default=8)
     args = parser.parse_args(argv)
     if args.num_images < 4 or args.batch_size < 1:
         parser.error("--num_images must be at least 4, --batch_size at least 1.")
+    if args.neighbors < 2 or args.neighbors_rows < 1:
+        parser.error("--neighbors must be at least 2, --neighbors_rows at least 1.")
+    if args.reference_statistics and (args.save_statistics or args.neighbors_picture):
+        parser.error("--save_statistics and --neighbors_picture need the real images, not --reference_statistics.")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    for path in (args.output, args.save_npz):
+    # Processes wait for the slowest one, for longer than the 10 minutes after which NCCL gives up.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    for path in (args.output, args.save_npz, args.save_statistics, args.neighbors_picture):
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"the folder of {path!r} does not exist.")
-    extractor = metrics.load_extractor(args.feature_network, args.network_resolution, args.resize_filter)
-    pipeline = HDiTPipeline.from_pretrained(args.pipeline)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline.to(device)
-    pipeline.set_progress_bar_config(disable=True)
+    with state.main_process_first():  # weights may have to be fetched, images checked
+        extractor = metrics.load_extractor(
+            args.feature_network, args.network_resolution, args.resize_filter, args.feature_weights
+        )
+        pipeline = HDiTPipeline.from_pretrained(args.pipeline)
+        real = open_real(args, pipeline)
+    wanted, statistics = what_to_compute(args, extractor)
+    pipeline.to(state.device)
+    config = pipeline.transformer.config
+    conditions = evaluation.conditions_for(
+        config, real, args.num_images, pipeline.id2label, pipeline.config.condition_columns
+    )
+    drawing = evaluation.Drawing(
+        pipeline,
+        conditions,
+        args.num_images,
+        args.batch_size,
+        args.num_inference_steps,
+        args.guidance_scale,
+        args.seed,
+    )
+    real_features = None
+    if statistics is None:
+        cache = evaluation.default_cache_dir(args.cache_dir) / "features"
+        real_features = evaluation.reference_features(extractor, real, args.batch_size, cache)
+    batches = -(-args.num_images // args.batch_size)
+    progress = lambda drawn: tqdm(drawn, total=batches, desc="drawing", disable=not state.is_main_process)  # noqa: E731
+    features, images = evaluation.features_of(drawing, extractor, bool(args.save_npz), progress)
+    if not state.is_main_process:
+        return
+    if args.save_npz:
+        metrics.save_adm_samples(args.save_npz, images)
+    if args.save_statistics:
+        metrics.save_adm_statistics(args.save_statistics, *metrics.mean_and_covariance(real_features))
+    if args.neighbors_picture:
+        save_neighbors_picture(args, drawing, real, features, real_features)
+    results = metrics.evaluate(features, real_features, wanted, extractor, statistics)
+    about = {"pipeline": Path(args.pipeline).name, **drawing.facts, "reference_statistics": args.reference_statistics}
+    results = [{**result, **about} for result in results]
+    if args.output:
+        Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    report(results)
+
+
+def open_real(args: argparse.Namespace, pipeline: HDiTPipeline):
+    """The real images as the model would draw them; with its own normalisation of their conditions."""
+    columns = args.condition_columns
     real = load_images(
         train_data_dir=args.train_data_dir,
         dataset_name=args.dataset_name,
@@ -66,84 +122,59 @@ def main(argv: list[str] | None = None) -> None:
         split=args.split,
         image_column=args.image_column,
         label_column=args.label_column,
+        condition_columns=columns,
+        condition_statistics=pipeline.config.condition_columns if columns else None,
         cache_dir=args.cache_dir,
         resolution=pipeline.transformer.sample_size,
         in_channels=pipeline.transformer.config.in_channels,
         center_crop=True,
     )
-    labels = class_labels(pipeline, real, args)
-    cache = args.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "diffusers_hdit").expanduser()
-    real_features = metrics.cached_features(
-        extractor, lambda: real_batches(real, args.batch_size), Path(cache) / "features", device
-    )
-    drawn, features = [], []
-    for batch in tqdm(draw(pipeline, labels, args), total=-(-args.num_images // args.batch_size), desc="drawing"):
-        features.append(extractor.features([batch], device))
-        if args.save_npz:
-            drawn.append(batch)
-    results = metrics.evaluate(torch.cat(features), real_features, args.metrics, extractor)
-    about = {"steps": args.num_inference_steps, "guidance_scale": args.guidance_scale, "seed": args.seed}
-    results = [{**result, **about} for result in results]
-    if args.save_npz:
-        metrics.save_adm_samples(args.save_npz, torch.cat(drawn))
-    if args.output:
-        Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    report(results)
+    evaluation.check_real(real)
+    return real
 
 
-def real_batches(real, batch_size: int) -> Iterator[torch.Tensor]:
-    for start in range(0, len(real), batch_size):
-        yield torch.stack([real[i]["image"] for i in range(start, min(start + batch_size, len(real)))])
+def what_to_compute(args: argparse.Namespace, extractor: metrics.FeatureExtractor):
+    """Names of metrics, and the statistics to compare with or None."""
+    if not args.reference_statistics:
+        wanted = args.metrics or metrics.default_metrics(extractor)
+        metrics.check_metrics(wanted, extractor)
+        return wanted, None
+    default = [name for name in metrics.default_metrics(extractor) if name in metrics.OF_STATISTICS]
+    wanted = args.metrics or default or ["frechet_distance"]
+    metrics.check_metrics(wanted, extractor, of_statistics=True)
+    return wanted, metrics.load_adm_statistics(args.reference_statistics)
 
 
-def class_labels(pipeline: HDiTPipeline, real, args) -> list[int] | None:
-    """A class for each image to draw; None for a model without classes."""
-    num_classes = pipeline.transformer.config.num_classes
-    if num_classes is None:
-        if args.label_column:
-            raise ValueError("--label_column was given, but this model was trained without classes.")
-        return None
-    if not args.label_column:
-        return [i % num_classes for i in range(args.num_images)]
-    if dict(real.id2label) != dict(pipeline.id2label):
-        raise ValueError(
-            f"the classes of the real images, {list(real.id2label.values())}, are not those of the model, "
-            f"{list(pipeline.id2label.values())}."
-        )
-    # Evenly through the set, which may be sorted by class.
-    return [real[i * len(real) // args.num_images]["label"] for i in range(args.num_images)]
-
-
-def draw(pipeline: HDiTPipeline, labels: list[int] | None, args) -> Iterator[torch.Tensor]:
-    """Batches of uint8 images `(B, C, H, W)`."""
-    for start in range(0, args.num_images, args.batch_size):
-        numbers = range(start, min(start + args.batch_size, args.num_images))
-        images = pipeline(
-            None if labels is None else [labels[i] for i in numbers],
-            num_images_per_prompt=len(numbers) if labels is None else 1,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            generator=[torch.Generator().manual_seed(image_seed(args.seed, i)) for i in numbers],
-            output_type="pt",
-        ).images
-        yield (images.float() * 255).round().to(torch.uint8).cpu()
+def save_neighbors_picture(args, drawing: evaluation.Drawing, real, features, real_features) -> None:
+    index, distances = metrics.nearest_neighbors(features, real_features, args.neighbors)
+    rows = evaluation.most_like_copies(distances, args.neighbors_rows)
+    evaluation.neighbors_picture(
+        [f"image {i}" for i in rows],
+        drawing.images(rows),  # drawn once more: nobody kept them
+        torch.stack([evaluation.real_images(real, index[i].tolist()) for i in rows]),
+        distances[rows],
+    ).save(args.neighbors_picture)
 
 
 def report(results: list[dict]) -> None:
     first = results[0]
+    real = "given statistics" if first["real_images"] is None else f"{first['real_images']} real ones"
     print(
-        f"{first['images']} images against {first['real_images']} real ones, features of {first['feature_network']} at "
+        f"{first['images']} images against {real}, features of {first['feature_network']} at "
         f"{first['network_resolution']} ({first['resize_filter']}):"
     )
     for result in results:
         line = f"  {result['name']}: {result['value']:.6g}"
-        if result.get("standard_error") is not None:
-            line += f" ± {result['standard_error']:.2g}"
+        for deviation in ("standard_error", "standard_deviation"):
+            if result.get(deviation) is not None:
+                line += f" ± {result[deviation]:.2g}"
         if "floor" in result:
             line += (
-                f" (too large with few images: two sets of {result['floor_images']} real images are "
+                f" (too large with few images: two sets of {result['floor_images']} {result['floor_of']} are "
                 f"{result['floor']:.6g} apart)"
             )
+        elif "bias" in result:
+            line += f" ({result['bias']})"
         print(line)
 
 

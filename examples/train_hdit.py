@@ -28,7 +28,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffusers_hdit import HDiTModel, checkpoints, training
+from diffusers_hdit import HDiTModel, checkpoints, evaluation, training
 from diffusers_hdit.data import Buckets, load_images, make_loader
 from diffusers_hdit.ema import Averages, save_snapshot
 from diffusers_hdit.training_args import SETTINGS, parse_args
@@ -63,6 +63,7 @@ class Run:
     unsaved: bool = False  # a checkpoint is due
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     metrics: MetricsFile | None = None
+    evaluator: evaluation.MetricsOnTheWay | None = None
     # What only the model card asks for: the mean loss of the last `averaged` steps, when this part of the training
     # began, the parts before it (None if a checkpoint did not say), and what pushes.
     loss: float | None = None
@@ -177,6 +178,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator, dataset) -> Run:
         training.validation_conditions(dataset, args.num_validation_images, args),
         global_batch,
         total_steps,
+        evaluator=evaluation.metrics_on_the_way(args, dataset),
     )
 
 
@@ -228,6 +230,8 @@ def open_logs(run: Run) -> None:
         wandb = {"id": known["run_id"], "resume": "allow", "dir": args.output_dir}
         trackio = {"name": known["run_id"], "resume": "allow"}
         accelerator.init_trackers("train_hdit", init_kwargs={"wandb": wandb, "trackio": trackio})
+    if run.evaluator is not None:
+        run.evaluator.last_step = evaluation.from_main(lambda: run.metrics.last_step_with("metrics"))
 
 
 def train(run: Run, loader) -> bool:
@@ -259,10 +263,12 @@ def train(run: Run, loader) -> bool:
 
 
 def save_extras(run: Run) -> None:
-    """Snapshots of averages, pictures and pushes that are due at this step."""
+    """Snapshots of averages, metrics, pictures and pushes that are due at this step."""
     args = run.args
     if args.ema_lengths and run.step % (args.ema_snapshot_steps or args.checkpointing_steps) == 0:
         save_snapshot(run.averages, run.output_dir / "snapshots", run.step)
+    if run.evaluator is not None and run.evaluator.is_due(run.step, run.total_steps):
+        measure(run)
     if run.step % args.validation_steps == 0 and run.step < run.total_steps:
         save_samples(run, f"step-{run.step:07d}")
         push_on_the_way(run)
@@ -369,6 +375,18 @@ def where_to_go_on(run: Run) -> str:
     if run.unsaved:
         return "That step was a bad one and not saved. The same command goes on from the checkpoint before it."
     return f"Saved checkpoint-{run.step}. The same command goes on from there."
+
+
+def measure(run: Run) -> None:
+    """Compares images of the averaged weights with the training set, on all processes."""
+    run.network.eval()
+    with run.averages.swapped():
+        pipeline = training.make_pipeline(run.network, run.args)
+        results = run.evaluator.measure(pipeline, run.step, run.accelerator.autocast)
+    run.network.train()
+    if results is not None:
+        run.metrics.add(step=run.step, images_seen=run.images_seen, metrics=results)
+        run.accelerator.log({f"metrics/{result['name']}": result["value"] for result in results}, step=run.step)
 
 
 def save_samples(run: Run, name: str) -> None:
@@ -501,5 +519,5 @@ def open_dataset(args: argparse.Namespace, accelerator: Accelerator):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

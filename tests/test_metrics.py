@@ -116,6 +116,31 @@ def test_precision_and_recall_against_loops(block, monkeypatch):
         metrics.precision_recall(generated[:3], real)
 
 
+@pytest.mark.parametrize("block", [1024, 7])
+def test_cmmd_against_the_double_sum(block, monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    x, y = (torch.nn.functional.normalize(features(n, seed=n), dim=1) for n in (17, 23))
+
+    def mean(a, b):
+        squares = [sum((float(p) - float(q)) ** 2 for p, q in zip(s, t, strict=True)) for s in a for t in b]
+        return sum(math.exp(-square / 200) for square in squares) / len(squares)
+
+    expected = 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
+    assert metrics.cmmd(x, y) == pytest.approx(expected, rel=1e-8) and expected > 0
+    assert abs(metrics.cmmd(x, x)) < 1e-9
+
+
+def test_inception_score_in_closed_form():
+    """Images that are surely of one of four classes score 4; images that all look alike score 1."""
+    sure = 100 * nn.functional.one_hot(torch.arange(400) % 4, 7).double()
+    assert metrics.inception_score(sure, splits=1) == (pytest.approx(4, abs=1e-9), 0)
+    assert metrics.inception_score(torch.zeros(40, 7)) == (pytest.approx(1), pytest.approx(0))
+    by_class = sure[(torch.arange(400) % 4).argsort()]
+    assert metrics.inception_score(by_class)[0] > 3.5, "images sorted by class are mixed before they are divided"
+    with pytest.raises(ValueError, match="at least 10 images"):
+        metrics.inception_score(sure[:9])
+
+
 def test_nearest_neighbors_and_near_copies():
     real = features(50)
     noise = features(50, seed=5)
@@ -139,10 +164,11 @@ def test_sets_that_do_not_fit():
 
 
 def test_torchmetrics_agrees():
-    torchmetrics = pytest.importorskip(
-        "torchmetrics", reason="torchmetrics is not installed (pip install torchmetrics)"
-    )
+    reason = "torchmetrics is not installed, or torch-fidelity without torchvision (pip install torchmetrics)"
+    torchmetrics = pytest.importorskip("torchmetrics", reason=reason)
+    pytest.importorskip("torchmetrics.image.fid", reason=reason, exc_type=ImportError)
     from torchmetrics.image.fid import _compute_fid
+    from torchmetrics.image.inception import InceptionScore
     from torchmetrics.image.kid import poly_mmd
 
     assert torchmetrics.__version__
@@ -151,6 +177,10 @@ def test_torchmetrics_agrees():
     assert metrics.kernel_distance(x, y) == pytest.approx(theirs, rel=1e-4)
     statistics = (*metrics.mean_and_covariance(x), *metrics.mean_and_covariance(y))
     assert metrics.frechet_distance(*statistics) == pytest.approx(_compute_fid(*statistics).item(), rel=1e-4)
+    score = InceptionScore(feature=nn.Identity(), splits=10)
+    score.update(x)
+    torch.manual_seed(7)  # its order of the images is the global generator's
+    assert metrics.inception_score(x, seed=7)[0] == pytest.approx(score.compute()[0].item(), rel=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -262,8 +292,10 @@ def test_adm_files(tmp_path):
 
 def test_results_say_what_they_are_of():
     extractor = metrics.FeatureExtractor(Pixels(), "pixels", 16)
-    results = metrics.evaluate(features(60), features(80, seed=1), metrics.METRICS, extractor)
-    assert [result["name"] for result in results] == list(metrics.METRICS)
+    names = metrics.default_metrics(extractor)
+    assert names == ["kernel_distance", "frechet_distance", "precision", "recall", "near_copies"]
+    results = metrics.evaluate(features(60), features(80, seed=1), names, extractor)
+    assert [result["name"] for result in results] == names
     for result in results:
         assert result["feature_network"] == "pixels" and (result["images"], result["real_images"]) == (60, 80)
         assert result["network_resolution"] == 16 and result["resize_filter"] == "bicubic, antialiased"
@@ -272,8 +304,25 @@ def test_results_say_what_they_are_of():
     assert by_name["frechet_distance"]["floor_images"] == 40 and by_name["frechet_distance"]["floor"] > 0
     assert by_name["kernel_distance"]["standard_error"] > 0
     TrainingFacts(metrics=results)
-    with pytest.raises(ValueError, match="got fid"):
+    with pytest.raises(ValueError, match="got lpips"):
+        metrics.evaluate(features(9), features(9), ["lpips"], extractor)
+    with pytest.raises(ValueError, match="inception-v3, got pixels; of other features it is called frechet_distance"):
         metrics.evaluate(features(9), features(9), ["fid"], extractor)
+    with pytest.raises(ValueError, match="cmmd is a metric of the feature network clip, got pixels"):
+        metrics.evaluate(features(9), features(9), ["cmmd"], extractor)
+
+
+def test_results_of_statistics():
+    extractor = metrics.FeatureExtractor(Pixels(), "pixels", 16)
+    drawn, real = features(60), features(80, seed=1)
+    statistics = metrics.mean_and_covariance(real)
+    (result,) = metrics.evaluate(drawn, None, ["frechet_distance"], extractor, statistics)
+    (whole,) = metrics.evaluate(drawn, real, ["frechet_distance"], extractor)
+    assert result["value"] == whole["value"] and "few images" in result["bias"]
+    assert result["real_images"] is None and result["floor_of"] == "generated images" and result["floor_images"] == 30
+    for names, real in ((["kernel_distance"], None), (["frechet_distance"], drawn)):
+        with pytest.raises(ValueError, match="their statistics"):
+            metrics.evaluate(drawn, real, names, extractor, statistics)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -304,6 +353,7 @@ def test_the_script(script, pipeline, tmp_path, capsys):
         "--num_images", 10, "--num_inference_steps", 2, "--cache_dir", tmp_path / "cache",
     ]  # fmt: skip
     files = {}
+    names = ["kernel_distance", "frechet_distance", "precision", "recall", "near_copies"]
     for batch_size in (4, 10):
         files[batch_size] = tmp_path / f"{batch_size}.json", tmp_path / f"{batch_size}.npz"
         more = ["--batch_size", batch_size, "--output", files[batch_size][0], "--save_npz", files[batch_size][1]]
@@ -312,25 +362,14 @@ def test_the_script(script, pipeline, tmp_path, capsys):
     assert "10 images against 124 real ones, features of test_metrics:make_pixels" in output
     assert "too large with few images: two sets of 10 real images are" in output
     results = [json.loads(path.read_text()) for path, _ in files.values()]
-    assert [result["name"] for result in results[0]] == list(metrics.METRICS)
-    assert results[0][0]["seed"] == 0 and results[0][0]["steps"] == 2
+    assert [result["name"] for result in results[0]] == names
+    first = results[0][0]
+    assert (first["seed"], first["steps"], first["guidance_scale"]) == (0, 2, 1.0) and first["pipeline"] == "pipeline"
+    assert first["sampler"]["class"] == "EDMDPMSolverMultistepScheduler" and first["sampler"]["sigma_max"] == 80
+    assert first["image_resolution"] == [16, 16] and first["conditions"] == ["class_labels"]
     images = [np.load(path)["arr_0"].astype(int) for _, path in files.values()]
     assert images[0].shape == (10, 16, 16, 3)
     assert abs(images[0] - images[1]).max() <= 1, "an image does not depend on the batch size"
-
-
-def test_the_scripts_classes(script, pipeline, tmp_path):
-    args = script.parse_args(["--pipeline", "x", "--num_images", "40"])
-    pipe = HDiTPipeline.from_pretrained(pipeline)
-    assert script.class_labels(pipe, None, args) == [i % 13 for i in range(40)]
-    args.label_column = "label"
-    faces = script.load_images(train_data_dir=SHEET, label_column="label", resolution=16)
-    labels = script.class_labels(pipe, faces, args)
-    counts, real = np.bincount(labels, minlength=13) / 40, np.bincount(faces.source.labels, minlength=13) / 124
-    assert abs(counts - real).max() < 0.06
-    faces.id2label = {0: "other"}
-    with pytest.raises(ValueError, match="are not those of the model"):
-        script.class_labels(pipe, faces, args)
 
 
 def test_what_the_script_refuses(script, pipeline, tmp_path, capsys):
@@ -338,6 +377,15 @@ def test_what_the_script_refuses(script, pipeline, tmp_path, capsys):
     with pytest.raises(ValueError, match="folder of .* does not exist"):
         script.main([*arguments, "--output", str(tmp_path / "nothing" / "results.json")])
     with pytest.raises(SystemExit):
-        script.main([*arguments, "--metrics", "fid"])
+        script.main([*arguments, "--metrics", "lpips"])
+    with pytest.raises(ValueError, match="fid is a metric of the feature network inception-v3"):
+        script.main([*arguments, "--metrics", "fid", "--feature_network", "test_metrics:make_pixels"])
+    statistics = tmp_path / "statistics.npz"
+    metrics.save_adm_statistics(statistics, *metrics.mean_and_covariance(features(40, dim=48)))
+    more = ["--feature_network", "test_metrics:make_pixels", "--reference_statistics", str(statistics)]
+    with pytest.raises(ValueError, match="recall needs the real images"):
+        script.main([*arguments, *more, "--metrics", "recall"])
+    with pytest.raises(SystemExit):
+        script.main([*arguments, *more, "--save_statistics", str(statistics)])
     with pytest.raises(SystemExit):
         script.main([*arguments, "--num_images", "1"])

