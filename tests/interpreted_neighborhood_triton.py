@@ -69,6 +69,20 @@ def test_large_scores():
         assert relative_error(found, grad) < 1e-3
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+def test_scales_that_are_not_positive(scale):
+    inputs = tensors(1, 5, 6, 1, 16, requires_grad=True)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out = neighborhood_attention(*inputs, 3, scale=scale, backend="triton")
+    expected = reference(*exact, 3, scale=scale)
+    assert relative_error(out, expected) < TOLERANCE[torch.float32]
+    pairs = zip(
+        *(torch.autograd.grad(o.square().sum(), x) for o, x in ((out, inputs), (expected, exact))), strict=True
+    )
+    for found, grad in pairs:
+        assert (found - grad).norm() <= TOLERANCE[torch.float32] * grad.norm()
+
+
 @pytest.mark.parametrize("order", ["adjacent", "apart"])
 def test_strided_inputs(order):
     """Slices of a packed projection, rows and columns exchanged; channels that are not adjacent are copied."""

@@ -505,6 +505,8 @@ def _find_natten() -> tuple[str, tuple[int, ...]]:
 
 
 def _triton(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], scale: float) -> Tensor:
+    if scale <= 0:  # the kernels scale after they have looked for the largest score
+        query, scale = query * (-1 if scale else 0), -scale or 1.0
     # By name: the module has been imported to see whether it can run, and a traced graph must not import.
     return torch.ops.diffusers_hdit.triton_neighborhood_attention(query, key, value, *kernel, scale)[0]
 

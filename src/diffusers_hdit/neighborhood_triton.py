@@ -110,20 +110,21 @@ def _forward_kernel(
     first_y, rows = _keys_seen(top, TH, KH, h)
     first_x, columns = _keys_seen(left, TW, KW, w)
 
+    log2_scale = scale * 1.4426950408889634
     highest = tl.full([TH * TW], -3.0e38, tl.float32)  # finite: a block in which a query sees nothing makes no NaN
     total = tl.zeros([TH * TW], tl.float32)
     sums = tl.zeros([TH * TW, D], tl.float32)
-    blocks_x = tl.cdiv(columns, BW)
+    blocks_x: tl.constexpr = (TW + KW + BW - 2) // BW  # a constant: with one block, its columns stay outside the loop
     for step in range(tl.cdiv(rows, BH) * blocks_x):
         y0, x0 = first_y + step // blocks_x * BH, first_x + step % blocks_x * BW
         key_y, key_x = y0 + block // BW, x0 + block % BW
-        exists = (key_y < h) & (key_x < w)
+        exists = (key_y < first_y + rows) & (key_x < first_x + columns)
         k = _load(_at(key, image, head, y0, x0, kb, ky, kx, kn), block // BW, block % BW, ky, kx, exists, D)
         v = _load(_at(value, image, head, y0, x0, vb, vy, vx, vn), block // BW, block % BW, vy, vx, exists, D)
         seen = _sees(y[:, None], x[:, None], key_y[None, :], key_x[None, :], h, w, KH, KW)
-        scores = tl.where(seen, _dot(q, tl.trans(k)) * (scale * 1.4426950408889634), float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
+        scores = tl.where(seen, _dot(q, tl.trans(k)), float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1) * log2_scale)
+        weights = tl.exp2(scores * log2_scale - higher[:, None])
         shrink = tl.exp2(highest - higher)
         total = total * shrink + tl.sum(weights, 1)
         sums = sums * shrink[:, None] + _dot(weights.to(v.dtype), v)
@@ -157,11 +158,11 @@ def _query_gradient_kernel(
     first_x, columns = _keys_seen(left, TW, KW, w)
 
     sums = tl.zeros([TH * TW, D], tl.float32)
-    blocks_x = tl.cdiv(columns, BW)
+    blocks_x: tl.constexpr = (TW + KW + BW - 2) // BW  # a constant: with one block, its columns stay outside the loop
     for step in range(tl.cdiv(rows, BH) * blocks_x):
         y0, x0 = first_y + step // blocks_x * BH, first_x + step % blocks_x * BW
         key_y, key_x = y0 + block // BW, x0 + block % BW
-        exists = (key_y < h) & (key_x < w)
+        exists = (key_y < first_y + rows) & (key_x < first_x + columns)
         k = _load(_at(key, image, head, y0, x0, kb, ky, kx, kn), block // BW, block % BW, ky, kx, exists, D)
         v = _load(_at(value, image, head, y0, x0, vb, vy, vx, vn), block // BW, block % BW, vy, vx, exists, D)
         seen = _sees(y[:, None], x[:, None], key_y[None, :], key_x[None, :], h, w, KH, KW)
@@ -197,7 +198,7 @@ def _key_value_gradient_kernel(
     for step in range(tl.cdiv(rows, BH) * blocks_x):
         y0, x0 = first_y + step // blocks_x * BH, first_x + step % blocks_x * BW
         query_y, query_x = y0 + block // BW, x0 + block % BW
-        exists = (query_y < h) & (query_x < w)
+        exists = (query_y < first_y + rows) & (query_x < first_x + columns)
         q = _load(_at(query, image, head, y0, x0, qb, qy, qx, qn), block // BW, block % BW, qy, qx, exists, D)
         g = _load(_at(out_gradient, image, head, y0, x0, gb, gy, gx, gn), block // BW, block % BW, gy, gx, exists, D)
         log_total = tl.load(lse + plane + query_y * w + query_x, mask=exists, other=0.0)
@@ -249,6 +250,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, kh: int, kw: int, scale: f
         query, key, value: `(B, h, w, n, d)`, any strides (channels that are not adjacent are copied), d one of
             `HEAD_DIMS`, a dtype of `DTYPES`.
         kh, kw: window in tokens, odd, at most h and w.
+        scale: factor on the scores, positive.
 
     Returns:
         `(B, h, w, n, d)`, and log2 of the softmax's denominators `(B, n, h, w)` in float32, which has no gradient.
