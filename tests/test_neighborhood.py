@@ -270,7 +270,7 @@ def test_refuses_mismatched_shapes():
 
 
 def test_refuses_unknown_backend():
-    with pytest.raises(ValueError, match="'sparse'; choose 'auto' or one of natten, tiled, flex, dense"):
+    with pytest.raises(ValueError, match="'sparse'; choose 'auto' or one of natten, triton, tiled, flex, dense"):
         neighborhood_attention(*tensors(1, 8, 8, 1, 4), 3, backend="sparse")
 
 

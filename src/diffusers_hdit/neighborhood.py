@@ -21,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .remote_code import package_module
 
-BACKENDS = ("natten", "tiled", "flex", "dense")
+
+BACKENDS = ("natten", "triton", "tiled", "flex", "dense")
 
 _TILE = (8, 8)
 # The GPU kernels of FlexAttention take up to 128 queries or keys at once and refuse smaller mask blocks.
@@ -54,6 +56,7 @@ def neighborhood_attention(
             | name     | what runs                               | where                                       |
             |----------|-----------------------------------------|---------------------------------------------|
             | `natten` | NATTEN's compiled kernels               | CUDA with NATTEN's library                  |
+            | `triton` | our own kernels, halos never stored     | CUDA with Triton; heads of 16, 32, 64, 128  |
             | `tiled`  | scaled dot products on tiles with halos | everywhere, training and inference          |
             | `flex`   | compiled FlexAttention                  | CUDA; CPU without gradients                 |
             | `dense`  | one masked `(h * w) x (h * w)` product  | everywhere; memory grows with `(h * w) ** 2` |
@@ -138,6 +141,8 @@ def unavailable_reason(
     device_type = torch.device(device).type
     if backend == "natten":
         problem = _natten_problem(device_type, dtype, head_dim, training, kernel_size)
+    elif backend == "triton":
+        problem = _triton_problem(device_type, dtype, head_dim)
     elif backend == "flex":
         problem = _flex_problem(device_type, dtype, head_dim, training)
     else:
@@ -496,6 +501,50 @@ def _find_natten() -> tuple[str, tuple[int, ...]]:
     return "", tuple(int("".join(filter(str.isdigit, part)) or 0) for part in release)
 
 
+# ---- triton ----
+
+
+def _triton(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], scale: float) -> Tensor:
+    if scale <= 0:  # the kernels scale after they have looked for the largest score
+        query, scale = query * (-1 if scale else 0), -scale or 1.0
+    # By name: the module has been imported to see whether it can run, and a traced graph must not import.
+    return torch.ops.diffusers_hdit.triton_neighborhood_attention(query, key, value, *kernel, scale)[0]
+
+
+def _triton_problem(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    if device_type not in ("cpu", "cuda"):
+        return f"its kernels run on CUDA, not on {device_type!r}"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"its kernels compute in float32, float16 or bfloat16, not in {dtype}"
+    if head_dim not in (16, 32, 64, 128):
+        return f"its kernels are for heads of 16, 32, 64 or 128 channels, not {head_dim}"
+    problem, interpreted = _triton_kernels()
+    if device_type == "cpu" and not (problem or interpreted):
+        return "its kernels run on CUDA, not on 'cpu' (but for tests, in Triton's interpreter: TRITON_INTERPRET=1)"
+    return problem or None
+
+
+_triton_answer: tuple[str, bool] | None = None
+
+
+@torch.compiler.assume_constant_result
+def _triton_kernels() -> tuple[str, bool]:
+    """Why the kernels cannot be imported (empty if they can), and whether Triton interprets them; looked up once."""
+    global _triton_answer
+    if _triton_answer is None:
+        _triton_answer = _import_triton_kernels()
+    return _triton_answer
+
+
+def _import_triton_kernels() -> tuple[str, bool]:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed", False
+    try:
+        return "", package_module("neighborhood_triton").INTERPRETED
+    except ImportError as error:  # no package around the code of a repository, or a Triton that is broken
+        return f"its kernels do not import ({error})", False
+
+
 # ---- dense ----
 
 
@@ -520,4 +569,4 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], s
     return whole_grid_attention(query, key, value, scale, mask.reshape(h * w, h * w))
 
 
-_IMPLEMENTATIONS = {"natten": _natten, "tiled": _tiled, "flex": _flex, "dense": _dense}
+_IMPLEMENTATIONS = {"natten": _natten, "triton": _triton, "tiled": _tiled, "flex": _flex, "dense": _dense}

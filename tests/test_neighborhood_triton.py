@@ -1,0 +1,162 @@
+"""The Triton kernels: interpreted on the CPU in a process of their own, compiled for a GPU that need not be there."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusers_hdit import neighborhood, presets
+from diffusers_hdit.neighborhood import neighborhood_attention, unavailable_reason
+
+
+GPU = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 64, "training": True}
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="Triton is not installed: pip install --no-deps triton==3.7.1 (200 MB; no GPU needed)",
+)
+
+
+@needs_triton
+def test_in_tritons_interpreter():
+    import numpy
+    import triton
+
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if version < (3, 7) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip("the interpreter of Triton before 3.7 does not work with NumPy 2.4 (triton-lang/triton#9171)")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    result = subprocess.run(
+        [*command, str(Path(__file__).with_name("interpreted_neighborhood_triton.py"))],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0 and "skipped" not in result.stdout.splitlines()[-1], result.stdout[-6000:]
+
+
+KERNELS = ("_forward_kernel", "_query_gradient_kernel", "_key_value_gradient_kernel")
+
+
+def compile_kernel(name, dtype, head_dim, kernel_size, capability):
+    """What Triton's compiler makes for an NVIDIA GPU of this capability; pointers and strides as they usually are."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from diffusers_hdit import neighborhood_triton
+
+    function = getattr(neighborhood_triton, name)
+    options = neighborhood_triton.launch_options(dtype, head_dim)
+    constants = {"KH": kernel_size, "KW": kernel_size, "D": head_dim, "BH": options.pop("BH"), "BW": options.pop("BW")}
+    constants["TH"], constants["TW"] = neighborhood_triton._TILE
+    types = {"scale": "fp32", "lse": "*fp32", "delta": "*fp32", "h": "i32", "w": "i32", "heads": "i32"}
+    pointer = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
+    signature, attributes = {}, {}
+    for i, argument in enumerate(function.arg_names):
+        is_stride = re.fullmatch("[a-z][byxn]", argument)
+        kind = "constexpr" if argument in constants else types.get(argument, "i32" if is_stride else pointer)
+        signature[argument] = kind
+        if is_stride or kind.startswith("*"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    constants = {(function.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(compiled, tmp_path):
+    """Registers of a thread and bytes of registers spilled, as ptxas reports them, and bytes of shared memory."""
+    import triton
+
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    ptx = compiled.asm["ptx"]
+    (tmp_path / "kernel.ptx").write_text(ptx)
+    target = re.search(r"^\.target (\w+)", ptx, flags=re.MULTILINE)[1]
+    command = [ptxas, "-v", "--gpu-name", target, tmp_path / "kernel.ptx", "-o", tmp_path / "kernel.cubin"]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = int(re.search(r"Used (\d+) registers", report)[1])
+    return registers, int(re.search(r"(\d+) bytes spill stores", report)[1]), compiled.metadata.shared
+
+
+def situations():
+    """Every head and window of a neighborhood level in the presets, and the other heads that the kernels take."""
+    found = {(32, 7), (64, 7), (128, 7)}
+    for name in presets.names():
+        model = {"attention_head_dim": 64, "kernel_size": 7, **presets.load(name)["model"]}
+        found.add((model["attention_head_dim"], model["kernel_size"]))
+    return sorted(found)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("head_dim, kernel_size", situations())
+def test_compiles_for_sm_90(name, head_dim, kernel_size, tmp_path):
+    compiled = compile_kernel(name, torch.bfloat16, head_dim, kernel_size, 90)
+    assert compiled.asm["cubin"][:4] == b"\x7fELF"
+    assert "wgmma.mma_async" in compiled.asm["ptx"]  # Hopper's matrix unit, fed from shared memory
+    registers, spilled, shared = resources(compiled, tmp_path)
+    print(
+        f"{name}, bfloat16, d={head_dim}, k={kernel_size}: {registers} registers, {spilled} B spilled, {shared} B shared"
+    )
+    assert spilled == 0
+    assert shared <= 99 * 1024  # what a program may have on consumer cards; 227 KiB on an H200
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype, capability", [(torch.float32, 90), (torch.float16, 80)], ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiles_for_others(name, dtype, capability, tmp_path):
+    compiled = compile_kernel(name, dtype, 64, 7, capability)
+    registers, spilled, shared = resources(compiled, tmp_path)
+    print(f"{name}, {dtype}, sm_{capability}: {registers} registers, {spilled} B spilled, {shared} B shared")
+    assert spilled == 0 and shared <= 99 * 1024
+
+
+@pytest.mark.parametrize(
+    "situation, message",
+    [
+        ({"device": "mps"}, "run on CUDA, not on 'mps'"),
+        ({"dtype": torch.float64}, "float32, float16 or bfloat16, not in torch.float64"),
+        ({"head_dim": 48}, "heads of 16, 32, 64 or 128 channels, not 48"),
+        ({"device": "cpu"}, "run on CUDA, not on 'cpu'|Triton is not installed"),
+    ],
+)
+def test_refusals(situation, message):
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(unavailable_reason("triton", **{**GPU, **situation}))
+
+
+def test_refused_on_the_cpu():
+    query = torch.zeros(1, 8, 8, 1, 16)
+    with pytest.raises(ValueError, match="'triton' cannot run here: .* Use 'auto' or 'tiled' instead."):
+        neighborhood_attention(query, query, query, 3, backend="triton")
+
+
+@needs_triton
+def test_runs_on_cuda():
+    assert unavailable_reason("triton", **GPU) is None
+
+
+def test_missing_triton_is_looked_up_once(monkeypatch):
+    monkeypatch.setattr(neighborhood, "_triton_answer", None)
+    calls = []
+    monkeypatch.setattr(neighborhood.importlib.util, "find_spec", lambda name: calls.append(name))
+    for _ in range(3):
+        assert "Triton is not installed" in unavailable_reason("triton", **GPU)
+    assert calls == ["triton"]
+
+
+def test_kernels_that_do_not_import(monkeypatch):
+    """The code of a repository where this package is not installed, for one."""
+
+    def nothing(name):
+        raise ImportError("This needs the package diffusers-hdit")
+
+    monkeypatch.setattr(neighborhood, "_triton_answer", None)
+    monkeypatch.setattr(neighborhood.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(neighborhood, "package_module", nothing)
+    assert "do not import (This needs the package" in unavailable_reason("triton", **GPU)
