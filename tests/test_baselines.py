@@ -171,6 +171,7 @@ def test_noise_levels_are_resolved(model_type, dtype):
 @TYPES
 def test_recomputing_changes_no_gradient(model_type):
     plain, saving = make(model_type).train(), make(model_type).train()
+    saving.load_state_dict(plain.state_dict())
     saving.set_gradient_checkpointing_levels([0])
     given = {name: inputs()[name] for name in ("sample", "timestep")}
     for model in (plain, saving):
@@ -386,6 +387,9 @@ def test_training_and_going_on(model_type, tmp_path):
     for name in ("", "ema-0.5"):
         assert equal(weights(resumed / name), weights(whole / name))
     assert (resumed / "samples" / "final.png").read_bytes() == (whole / "samples" / "final.png").read_bytes()
+
+    progress = json.loads((whole / "checkpoint-6" / "progress.json").read_text())
+    assert progress["settings"]["model_type"] == model_type and progress["settings"]["model.dropout"] == 0.1
 
     pipe = HDiTPipeline.from_pretrained(whole)
     assert type(pipe.transformer) is NETWORKS[model_type] and pipe.transformer.config.num_classes == 13
