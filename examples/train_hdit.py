@@ -1,9 +1,9 @@
-"""Trains a Hourglass Diffusion Transformer on your images and saves it as a pipeline.
+"""Trains a Hourglass Diffusion Transformer, or a baseline, on your images and saves it as a pipeline.
 
     accelerate launch examples/train_hdit.py --config examples/configs/tiny.json --output_dir DIR [any flag]
 
-A config is a JSON object whose keys are the flags below, plus "model": arguments of HDiTModel, and "scheduler":
-sigma_min, sigma_max, sigma_data. Flags win over the config, the config over the preset. DIR gets the pipeline with the
+A config is a JSON object whose keys are the flags below, plus "model": arguments of HDiTModel (or of the network
+that --model_type names), and "scheduler": sigma_min, sigma_max, sigma_data. Flags win over the config, the config over the preset. DIR gets the pipeline with the
 averaged (EMA) weights, checkpoint-STEP folders, samples/ with pictures on the way, and metrics.jsonl. Interrupted, the
 same command goes on where the run was.
 """
@@ -24,13 +24,15 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, is_tensorboard_available, parse_flag_from_env
+from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffusers_hdit import HDiTModel, checkpoints, evaluation, training
+from diffusers_hdit import checkpoints, evaluation, training
 from diffusers_hdit.data import Buckets, load_images, make_loader
 from diffusers_hdit.ema import Averages, save_snapshot
+from diffusers_hdit.networks import NETWORKS
 from diffusers_hdit.training_args import SETTINGS, parse_args
 from diffusers_hdit.watch import LossBySigma, MetricsFile, StepRecord, Stopwatch, TrainingDiverged, Watch
 
@@ -46,7 +48,7 @@ class Run:
     args: argparse.Namespace
     accelerator: Accelerator
     dataset: torch.utils.data.Dataset
-    network: HDiTModel  # bare
+    network: ModelMixin  # bare
     model: torch.nn.Module  # the same, as accelerate wraps it
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -108,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv, __doc__)
     # Everything that can be refused is refused here, before anything is written or computed for long.
     with torch.device("meta"):
-        HDiTModel(**args.model)
+        NETWORKS[args.model_type](**args.model)
     training.make_scheduler(args.scheduler)
     accelerator = make_accelerator(args)
     find = functools.partial(checkpoints.find_checkpoint, args.output_dir, args.resume_from_checkpoint)
@@ -145,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
 def prepare(args: argparse.Namespace, accelerator: Accelerator, dataset) -> Run:
     torch.manual_seed(args.seed)  # all processes begin with the same weights
     conditions = dataset.condition_columns
-    network = HDiTModel(
+    network = NETWORKS[args.model_type](
         **{
             **args.model,
             "num_classes": len(dataset.id2label) if dataset.id2label else None,
@@ -297,7 +299,7 @@ def train_step(run: Run, batches: Iterator[dict]) -> None:
                 strata={**strata, "micro_step": micro_step},
                 args=args,
                 autocast=accelerator.autocast,
-                self_conditioning=run.network.config.self_conditioning,
+                self_conditioning=run.network.config.get("self_conditioning", False),
             )
             loss = losses.mean()
             # A loss that is no number leaves gradients that are none: those are all that DeepSpeed looks at.
@@ -418,7 +420,7 @@ def push_on_the_way(run: Run) -> None:
 
 def save_pipeline(run: Run, folder: Path, *, weights: dict[str, Tensor], samples: str) -> None:
     """With what its model card says; `samples` is the name of the picture that shows these weights."""
-    network = training.averaged_network(run.network.config, weights)
+    network = training.averaged_network(run.network, weights)
     dataset = run.dataset
     pipeline = training.make_pipeline(network, run.args, dataset.id2label, dataset.condition_columns)
     pipeline.save_pretrained(folder)
@@ -490,7 +492,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
 def open_dataset(args: argparse.Namespace, accelerator: Accelerator):
     embedded = EMBEDDED_DATASETS.get(args.dataset_name)
     with torch.device("meta"):
-        network = HDiTModel(**args.model)
+        network = NETWORKS[args.model_type](**args.model)
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     divisors, least = network.size_rule
     if args.task == "upscale":

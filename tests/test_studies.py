@@ -171,10 +171,8 @@ def test_budgets_of_flops_and_what_they_count():
     assert abs(one.flops / other.flops - 1) < 0.1
     args = studies.parsed({"model": {**MODEL, "attention_types": "global"}})
     network = HDiTModel(**args.model)
-    # Two ways of counting: ours by hand, and PyTorch's, which leaves out the Fourier features' elementwise products.
-    parameters, macs = studies.cost(args)
+    parameters, _ = studies.cost(args)
     assert parameters == sum(p.numel() for p in network.parameters())
-    assert studies.counted_macs(network.to("meta"), args) == macs
 
 
 def test_held_out_errors_are_those_of_the_loss(make_model):

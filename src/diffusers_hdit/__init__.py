@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 # Imported on first use, so that `import diffusers_hdit` stays quick.
 _MODULES = {
     "HDiTModel": "modeling_hdit",
+    "DiTPixelModel": "baselines",
+    "UNetPixelModel": "baselines",
     "HDiTPipeline": "pipeline_hdit",
     "HDiTImg2ImgPipeline": "pipeline_hdit_img2img",
     "HDiTInpaintPipeline": "pipeline_hdit_inpaint",

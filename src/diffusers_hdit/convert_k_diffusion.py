@@ -88,6 +88,8 @@ def scheduler_config_from_reference(config: dict) -> dict:
 
 def reference_config(model: HDiTModel, scheduler_config: Mapping, original: dict | None) -> dict:
     """The reference's configuration of a model: what the model says, on top of what else the original one said."""
+    if not hasattr(model, "levels"):
+        raise ValueError(f"the reference has no such network: it knows HDiT, this is a {type(model).__name__}.")
     out_channels = model.config.out_channels or model.config.in_channels
     inputs = model.config.in_channels + model.config.conditioning_channels
     if model.config.augment_cond_dim != 9 or out_channels != inputs:

@@ -79,7 +79,7 @@ class Denoising:
         step_kwargs = {"return_dict": False}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_kwargs["generator"] = generator
-        nothing = {"self_cond": torch.zeros_like(latents)} if self.transformer.config.self_conditioning else {}
+        nothing = {"self_cond": torch.zeros_like(latents)} if self.transformer.config.get("self_conditioning") else {}
         earlier = nothing
 
         step, level = 0, runs[0].start
@@ -151,7 +151,7 @@ class Denoising:
             "class_labels": config.num_classes,
             "mapping_cond": config.mapping_cond_dim,
             "conditioning_image": config.conditioning_channels,
-            "self_cond": config.self_conditioning,
+            "self_cond": config.get("self_conditioning"),
         }
         return {name: value for name, value in conditions.items() if takes[name]}
 

@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 import yaml
 
+from .baselines import DiTPixelModel, UNetPixelModel
 from .modeling_hdit import HDiTModel
-from .profile import ModelProfile, profile_model
+from .networks import network_class
+from .profile import ModelProfile, profile_network
 
 
 FACTS_FILE = "training_facts.json"
@@ -38,6 +40,37 @@ _CITATION = """\
   year      = {2024},
   url       = {https://arxiv.org/abs/2401.11605}
 }"""
+_DIT_CITATION = """\
+@inproceedings{peebles2023dit,
+  title     = {Scalable Diffusion Models with Transformers},
+  author    = {Peebles, William and Xie, Saining},
+  booktitle = {IEEE/CVF International Conference on Computer Vision},
+  year      = {2023},
+  url       = {https://arxiv.org/abs/2212.09748}
+}"""
+_UNET_CITATION = """\
+@inproceedings{ho2020denoising,
+  title     = {Denoising Diffusion Probabilistic Models},
+  author    = {Ho, Jonathan and Jain, Ajay and Abbeel, Pieter},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2020},
+  url       = {https://arxiv.org/abs/2006.11239}
+}"""
+# What the card says a network is, its tag, and whom to cite.
+_NETWORKS = {
+    HDiTModel: ("a Hourglass Diffusion Transformer (HDiT)", "hdit", _CITATION),
+    DiTPixelModel: (
+        "a plain Diffusion Transformer (DiT), a baseline to compare the Hourglass Diffusion Transformer (HDiT) with, not "
+        "an HDiT itself",
+        "dit",
+        _DIT_CITATION,
+    ),
+    UNetPixelModel: (
+        "a U-Net, a baseline to compare the Hourglass Diffusion Transformer (HDiT) with, not an HDiT itself",
+        "unet",
+        _UNET_CITATION,
+    ),
+}
 
 
 @dataclass
@@ -138,7 +171,7 @@ def card_section(
         evaluation(facts),
         limits(model_config, facts),
         licence(license),
-        f"## Citation\n\n```bibtex\n{_CITATION}\n```",
+        f"## Citation\n\n```bibtex\n{_NETWORKS[network_class(model_config)][2]}\n```",
     ]
     return "\n\n".join(parts)
 
@@ -148,7 +181,7 @@ def introduction(config: dict, facts: TrainingFacts | None) -> str:
     kind = "Class-conditional image generation" if config.get("num_classes") else "Unconditional image generation"
     kind = "Super-resolution" if config.get("conditioning_channels") else kind
     text = (
-        f"{kind} at {height}×{width} with a Hourglass Diffusion Transformer (HDiT), directly in pixels, for "
+        f"{kind} at {height}×{width}, directly in pixels, with {_NETWORKS[network_class(config)][0]}, for "
         "[Diffusers](https://huggingface.co/docs/diffusers)."
     )
     if facts is not None and facts.samples:
@@ -208,6 +241,7 @@ def model_table(config: dict, scheduler_config: dict, classes: dict[int, str]) -
     levels, profile = measure(json.dumps(config, sort_keys=True))
     height, width = pair(config["sample_size"])
     rows = [
+        ("network", network_class(config).__name__),
         ("parameters", f"{profile.parameters / 1e6:.1f} M"),
         ("multiply-accumulates", f"{billions(profile.macs)} G for one image and step"),
         ("resolution", f"{height}×{width}, {config['in_channels']} channels"),
@@ -222,6 +256,8 @@ def model_table(config: dict, scheduler_config: dict, classes: dict[int, str]) -
     if config.get("conditioning_channels"):
         rows.append(("conditioning image", f"{config['conditioning_channels']} channels"))
     lines = ["## Model", "", *table(("", ""), rows), ""]
+    if not levels:
+        return "\n".join(lines).rstrip()
     what = {"neighborhood": "neighborhood {0.kernel_size}×{0.kernel_size}", "none": "none", "global": "global",
             "shifted_window": "shifted window {0.window_size}×{0.window_size}"}  # fmt: skip
     rows = [
@@ -271,12 +307,15 @@ def evaluation(facts: TrainingFacts | None) -> str:
 
 def limits(config: dict, facts: TrainingFacts | None) -> str:
     height, width = pair(config["sample_size"])
+    sizes = ": other sizes run, but nothing is recorded here of how they look"
+    if network_class(config) is DiTPixelModel:
+        sizes = ", and refuses other sizes"
     what = f"those in {facts.dataset}" if facts is not None and facts.dataset else "those it was trained on"
     return (
         "## Intended use and limits\n\n"
         f"For research and experiments with image generation. It draws images like {what}, with their biases, and "
-        f"may repeat some of them; it knows no text. It is made for {height}×{width}: other sizes run, but nothing is"
-        " recorded here of how they look. There is no filter on what it draws."
+        f"may repeat some of them; it knows no text. It is made for {height}×{width}{sizes}. There is no filter on what it "
+        "draws."
     )
 
 
@@ -338,7 +377,7 @@ def card_metadata(
     metadata = {
         "library_name": "diffusers",
         "pipeline_tag": "image-to-image" if pipeline in _ARGUMENTS else "unconditional-image-generation",
-        "tags": ["diffusers", "hdit", kind],
+        "tags": ["diffusers", _NETWORKS[network_class(model_config)][1], kind],
     }
     if license:
         metadata["license"] = license
@@ -365,12 +404,14 @@ def merge(body: str, section: str, title: str) -> str:
 
 @functools.lru_cache(maxsize=4)
 def measure(config: str) -> tuple[list, ModelProfile]:
-    """Levels and costs of a model configuration, given as JSON."""
-    known = inspect.signature(HDiTModel.__init__).parameters
-    config = {name: value for name, value in json.loads(config).items() if name in known}
+    """Levels (none of a baseline) and costs of a model configuration, given as JSON."""
+    config = json.loads(config)
+    network = network_class(config)
+    known = inspect.signature(network.__init__).parameters
+    config = {name: value for name, value in config.items() if name in known}
     with torch.device("meta"):
-        levels = HDiTModel(**config).levels
-    return levels, profile_model(config)
+        levels = getattr(network(**config), "levels", [])
+    return levels, profile_network(network, config)
 
 
 def table(head: tuple, rows: list[tuple]) -> list[str]:

@@ -29,6 +29,7 @@ from .ablations import (
     SplitAndAdd,
     SplitAndConcat,
 )
+from .conditions import check_class_labels, check_conditioning_image, check_vector
 from .configuration_hdit import Level, check_parts, pair, resolve_levels
 from .neighborhood import BACKENDS, neighborhood_attention, unavailable_reason, whole_grid_attention
 from .remote_code import CarriesCode, SafeWeights, package_module
@@ -213,7 +214,9 @@ class HDiTConditioning(nn.Module):
         dtype: torch.dtype,
     ) -> Tensor:
         batch = timestep.shape[0]
-        self.check_inputs(batch, class_labels, augment_cond, mapping_cond)
+        check_class_labels(class_labels, batch, self.num_classes)
+        check_vector("augment_cond", augment_cond, batch, self.augment_cond_dim)
+        check_vector("mapping_cond", mapping_cond, batch, self.mapping_cond_dim)
         cond = self.time_embedder(self.time_proj(timestep[:, None]).to(dtype))
         if self.augment_proj is not None:
             if augment_cond is None:
@@ -226,30 +229,6 @@ class HDiTConditioning(nn.Module):
         if self.mapping_cond_embedder is not None and mapping_cond is not None:
             cond = cond + self.mapping_cond_embedder(mapping_cond.to(dtype))
         return self.mapping(cond)
-
-    def check_inputs(self, batch, class_labels, augment_cond, mapping_cond):
-        if class_labels is not None:
-            if self.class_embedder is None:
-                raise ValueError("class_labels were given, but this model has num_classes=None. Leave them out.")
-            if class_labels.shape != (batch,):
-                raise ValueError(f"class_labels must have shape ({batch},), got {tuple(class_labels.shape)}.")
-            # Looking at values on an accelerator would make every step wait for it.
-            if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
-                low, high = int(class_labels.min()), int(class_labels.max())
-                if low < 0 or high > self.num_classes:
-                    raise ValueError(
-                        f"class_labels must be 0 to {self.num_classes - 1}, or {self.num_classes} for no label; "
-                        f"got values from {low} to {high}."
-                    )
-        for name, value, dim in (
-            ("augment_cond", augment_cond, self.augment_cond_dim),
-            ("mapping_cond", mapping_cond, self.mapping_cond_dim),
-        ):
-            if value is not None and tuple(value.shape) != (batch, dim):
-                raise ValueError(
-                    f"{name} must have shape ({batch}, {dim}) for this model with {name}_dim={dim}, "
-                    f"got {tuple(value.shape)}."
-                )
 
 
 class AdaRMSNorm(nn.Module):
@@ -784,7 +763,7 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
 
     def join_images(self, sample: Tensor, conditioning_image: Tensor | None, self_cond: Tensor | None) -> Tensor:
         """What the patches are cut from: the sample's channels, then those of the images that a model takes besides."""
-        self.check_conditioning_image(sample, conditioning_image)
+        check_conditioning_image(sample, conditioning_image, self.config.conditioning_channels)
         self.check_self_cond(sample, self_cond)
         if self.config.self_conditioning and self_cond is None:
             self_cond = torch.zeros_like(sample)
@@ -802,16 +781,6 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
         if self_cond.shape != sample.shape:
             raise ValueError(
                 f"self_cond must have the shape of the sample, {tuple(sample.shape)}, got {tuple(self_cond.shape)}."
-            )
-
-    def check_conditioning_image(self, sample: Tensor, conditioning_image: Tensor | None) -> None:
-        channels = self.config.conditioning_channels
-        expected = (sample.shape[0], channels, *sample.shape[-2:]) if channels else None
-        given = None if conditioning_image is None else tuple(conditioning_image.shape)
-        if given != expected:
-            raise ValueError(
-                f"conditioning_image must {f'have shape {expected}' if expected else 'be left out'} for this model with "
-                f"conditioning_channels={channels}, got {'none' if given is None else given}."
             )
 
     def enable_cache(self, config) -> None:

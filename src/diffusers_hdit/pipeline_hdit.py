@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Optional, Union
 
 import torch
-from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler, ImagePipelineOutput
+from diffusers import (
+    DiffusionPipeline,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    ImagePipelineOutput,
+    ModelMixin,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
@@ -29,7 +35,7 @@ class HDiTPipeline(PipelineCarriesCode, Denoising, DiffusionPipeline):
     Draws images with a Hourglass Diffusion Transformer, directly in pixels.
 
     Args:
-        transformer (`HDiTModel`): the network.
+        transformer (`HDiTModel`): the network, or one that is called as it is: `DiTPixelModel`, `UNetPixelModel`.
         scheduler: an EDM scheduler of Diffusers or of this package, holding sigma_min, sigma_max and sigma_data of the
             training.
         guidance_model (`HDiTModel`, *optional*): a smaller or less trained network for autoguidance (Karras et al. 2024,
@@ -46,13 +52,13 @@ class HDiTPipeline(PipelineCarriesCode, Denoising, DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: HDiTModel,
         # Written as Diffusers 0.36 can read them when it loads a pipeline; it passes over `A | B`.
+        transformer: Union[HDiTModel, ModelMixin],  # noqa: UP007
         scheduler: Union[EDMDPMSolverMultistepScheduler, EDMEulerScheduler],  # noqa: UP007
         id2label: Optional[dict] = None,  # noqa: UP045
         condition_columns: Optional[dict] = None,  # noqa: UP045
         k_diffusion_config: Optional[dict] = None,  # noqa: UP045
-        guidance_model: Optional[HDiTModel] = None,  # noqa: UP045
+        guidance_model: Optional[Union[HDiTModel, ModelMixin]] = None,  # noqa: UP007, UP045
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, guidance_model=guidance_model)
@@ -251,10 +257,10 @@ class HDiTPipeline(PipelineCarriesCode, Denoising, DiffusionPipeline):
             ("conditioning_channels", 0),
             ("self_conditioning", False),
         ):
-            if guide.config[name] not in (nothing, model.config[name]):
+            guides, own = guide.config.get(name, nothing), model.config.get(name, nothing)
+            if guides not in (nothing, own):
                 raise ValueError(
-                    f"the guidance_model has {name}={guide.config[name]}, the transformer {model.config[name]}; it must "
-                    f"have the same or {nothing}."
+                    f"the guidance_model has {name}={guides}, the transformer {own}; it must have the same or {nothing}."
                 )
 
     def first_step(self, strength: float, num_inference_steps: int) -> int:

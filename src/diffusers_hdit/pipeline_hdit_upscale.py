@@ -3,7 +3,7 @@
 from typing import Optional, Union
 
 import torch
-from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler, ImagePipelineOutput
+from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler, ImagePipelineOutput, ModelMixin
 from torch import Tensor
 
 from .modeling_hdit import HDiTModel
@@ -28,13 +28,13 @@ class HDiTUpscalePipeline(HDiTPipeline):
 
     def __init__(
         self,
-        transformer: HDiTModel,
         # Written as Diffusers 0.36 can read them when it loads a pipeline; it passes over `A | B`.
+        transformer: Union[HDiTModel, ModelMixin],  # noqa: UP007
         scheduler: Union[EDMDPMSolverMultistepScheduler, EDMEulerScheduler],  # noqa: UP007
         id2label: Optional[dict] = None,  # noqa: UP045
         condition_columns: Optional[dict] = None,  # noqa: UP045
         k_diffusion_config: Optional[dict] = None,  # noqa: UP045
-        guidance_model: Optional[HDiTModel] = None,  # noqa: UP045
+        guidance_model: Optional[Union[HDiTModel, ModelMixin]] = None,  # noqa: UP007, UP045
         upscale_factor: int = 4,
         max_noise_level: float = 0.5,
     ):

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from . import presets
 from .modeling_hdit import HDiTAttention, HDiTModel, cast_parameters
@@ -66,6 +69,39 @@ def profile_model(
         return _profile(model, resolution)
 
 
+def profile_network(
+    network_class: type,
+    config: dict,
+    resolution: int | tuple[int, int] | None = None,
+    checkpointed_levels: Sequence[int] = (),
+) -> ModelProfile:
+    """
+    What `profile_model` counts, in the same units, for any network of `networks.NETWORKS`: to compare them at equal
+    parameters or equal work. All but HDiT come as one level; matrix products and convolutions are counted as PyTorch
+    sees them run.
+
+    Args:
+        network_class, config: the class, and its arguments.
+        resolution, checkpointed_levels: as in `profile_model`; a baseline has one level, 0.
+
+    Raises:
+        ValueError: for a configuration or a resolution that does not fit.
+    """
+    if issubclass(network_class, HDiTModel):
+        return profile_model(config, resolution, checkpointed_levels)
+    with FakeTensorMode():
+        network = network_class(**config)
+        network.set_gradient_checkpointing_levels(checkpointed_levels)
+        height, width = (resolution, resolution) if isinstance(resolution, int) else resolution or network.sample_size
+        network.check_size(height, width)
+        parameters = sum(p.numel() for p in network.parameters())
+        # The counter does not know the fused attention kernels of all devices; two matrix products it does.
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            network(**inputs(network, height, width, torch.float32))
+        level = LevelProfile("all", parameters=parameters, macs=counter.get_total_flops() // 2)
+        return ModelProfile([level], activation_bytes(network, height, width))
+
+
 def _profile(model: HDiTModel, resolution: int | tuple[int, int] | None) -> ModelProfile:
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution or model.sample_size
     model.check_size(height, width)
@@ -99,7 +135,7 @@ def _profile(model: HDiTModel, resolution: int | tuple[int, int] | None) -> Mode
     return ModelProfile([*rows, between, conditioning], activation_bytes(model, height, width))
 
 
-def activation_bytes(model: HDiTModel, height: int, width: int) -> int:
+def activation_bytes(model: nn.Module, height: int, width: int) -> int:
     """Bytes that autograd keeps of a forward pass of one bfloat16 image; weights are not counted."""
     cast_parameters(model.train(), torch.bfloat16)
     weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
@@ -112,19 +148,25 @@ def activation_bytes(model: HDiTModel, height: int, width: int) -> int:
             kept[storage._cdata] = (storage.nbytes(), storage)
         return tensor
 
-    def keep_input(block, inputs):
-        keep(inputs[0])
+    def recompute(block, *block_inputs):
+        # Checkpointing keeps a block's input without autograd's knowing.
+        keep(block_inputs[0])
+        return checkpoint(block, *block_inputs, use_reentrant=False)
 
-    # Checkpointing keeps a block's input without autograd's knowing.
-    for blocks in (*model.down_blocks, model.transformer_blocks, *model.up_blocks):
-        for block in blocks if model.gradient_checkpointing else ():
-            block.register_forward_pre_hook(keep_input)
-    sample = torch.empty(1, model.config.in_channels, height, width, dtype=torch.bfloat16)
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module._gradient_checkpointing_func = recompute
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        channels = model.config.conditioning_channels
-        conditioning = {"conditioning_image": sample.new_empty(1, channels, height, width)} if channels else {}
-        model(sample, torch.zeros(1), **conditioning)
+        model(**inputs(model, height, width, torch.bfloat16))
     return sum(size for size, _ in kept.values())
+
+
+def inputs(model: nn.Module, height: int, width: int, dtype: torch.dtype) -> dict:
+    """What a network is called with for one image."""
+    sample = torch.empty(1, model.config.in_channels, height, width, dtype=dtype)
+    channels = model.config.conditioning_channels
+    conditioning = {"conditioning_image": sample.new_empty(1, channels, height, width)} if channels else {}
+    return {"sample": sample, "timestep": torch.zeros(1), **conditioning}
 
 
 def report(profile: ModelProfile) -> str:

@@ -2,7 +2,7 @@
 
     model_index.json                    names the files below
     pipeline_hdit.py                    the pipeline's class; pipeline_hdit_inpaint.py, ... for the others
-    transformer/modeling_hdit.py        the network's class; also in guidance_model/ if there is one
+    transformer/modeling_hdit.py        the network's class (a baseline's: baselines.py); also in guidance_model/ if there is one
     scheduler/scheduling_edm.py         the sampler's class, if it is none of Diffusers'
     transformer/config.json, *.safetensors, scheduler/scheduler_config.json
 
@@ -22,7 +22,7 @@ from pathlib import Path
 
 HEADER = "# Code of diffusers-hdit"
 # Modules whose classes are components of pipelines.
-COMPONENT_MODULES = ("modeling_hdit", "scheduling_edm")
+COMPONENT_MODULES = ("modeling_hdit", "baselines", "scheduling_edm")
 # What stands in a carried file for an import of the network: it is a file of its own, and only annotations name it.
 NOT_WRITTEN_OUT = {"modeling_hdit": "from diffusers import ModelMixin as HDiTModel"}
 

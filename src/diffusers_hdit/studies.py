@@ -22,12 +22,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from .metrics import load_extractor
 from .modeling_hdit import HDiTModel
-from .profile import profile_model
+from .networks import NETWORKS
+from .profile import profile_network
 from .training import make_scheduler
 from .training_args import parse_args
 
@@ -213,31 +212,14 @@ def parsed(settings: dict) -> argparse.Namespace:
 
 
 def make_network(args: argparse.Namespace) -> nn.Module:
-    return HDiTModel(**args.model)
+    return NETWORKS[args.model_type](**args.model)
 
 
 def cost(args: argparse.Namespace) -> tuple[int, int]:
     """Parameters, and multiply-accumulates of one image's forward pass; the network is made without its weights."""
-    with torch.device("meta"):
-        network = make_network(args)
     make_scheduler(args.scheduler)
-    parameters = sum(p.numel() for p in network.parameters())
-    if isinstance(network, HDiTModel):
-        return parameters, profile_model(dict(args.model)).macs
-    return parameters, counted_macs(network, args)
-
-
-def counted_macs(network: nn.Module, args: argparse.Namespace) -> int:
-    """Of any network that is called like ours, on the meta device: matrix products and convolutions, as PyTorch counts."""
-    height, width = (
-        (args.model["sample_size"],) * 2 if isinstance(args.model["sample_size"], int) else args.model["sample_size"]
-    )
-    sample = torch.empty(1, args.model.get("in_channels", 3), height, width, device="meta")
-    counter = FlopCounterMode(display=False)
-    # The fused kernels of the CPU are not counted.
-    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        network(sample, torch.zeros(1, device="meta"))
-    return counter.get_total_flops() // 2
+    profile = profile_network(NETWORKS[args.model_type], dict(args.model))
+    return profile.parameters, profile.macs
 
 
 def extra_passes(args: argparse.Namespace) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
-from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler, SchedulerMixin
+from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
 from PIL import Image
@@ -30,7 +30,7 @@ from .model_card import TrainingFacts
 from .modeling_hdit import HDiTModel
 from .pipeline_hdit import HDiTPipeline
 from .pipeline_hdit_upscale import HDiTUpscalePipeline
-from .profile import profile_model
+from .profile import profile_network
 from .scheduling_edm import DPMSolverPP3MSDEScheduler, EDMHeunScheduler
 from .upscaling import downscale, training_conditioning
 
@@ -46,12 +46,15 @@ def parameter_groups(
     Groups for AdamW as in the paper: weight decay on the matrices of attention, feed-forward, merges,
     splits, patches and adaptive norms; none on embeddings, Fourier projections, norms and scales. The mapping network
     and the adaptive norms that it feeds learn at `mapping_lr_scale` times the rate.
+
+    A baseline has no mapping network: one rate for all, weight decay on matrices and convolutions.
     """
+    has_mapping = isinstance(model, HDiTModel)
     groups: dict[tuple[bool, bool], list] = {}
     for name, parameter in model.named_parameters():
-        mapping = ".mapping." in name or re.search(r"\.norm[12]\.linear\.", name) is not None
+        mapping = has_mapping and (".mapping." in name or re.search(r"\.norm[12]\.linear\.", name) is not None)
         embedding = name.startswith("conditioning.") and not mapping
-        decays = parameter.ndim == 2 and not embedding
+        decays = parameter.ndim in (2, 4) and not embedding
         groups.setdefault((mapping, decays), []).append(parameter)
     return [
         {
@@ -347,7 +350,7 @@ def plan(run, checkpoint: Path | None) -> str:
     """What a run is about to do, in lines for people."""
     args, accelerator, network = run.args, run.accelerator, run.network
     height, width = run.dataset.resolution
-    profile = profile_model(dict(network.config), checkpointed_levels=args.checkpointed_levels)
+    profile = profile_network(type(network), dict(network.config), checkpointed_levels=args.checkpointed_levels)
     moments = 2 if args.use_8bit_adam else 8
     averages = 4 * len(run.averages.names)
     shards = accelerator.num_processes if accelerator.distributed_type == DistributedType.FSDP else 1
@@ -361,7 +364,7 @@ def plan(run, checkpoint: Path | None) -> str:
     )
     start = f"from {checkpoint}: step {run.step}" if checkpoint else "from the beginning"
     lines = [
-        f"network     {profile.parameters / 1e6:.1f}M parameters, {profile.macs / 1e9:.1f} GMAC an image",
+        f"network     {type(network).__name__}: {profile.parameters / 1e6:.1f}M parameters, {profile.macs / 1e9:.1f} GMAC an image",
         f"data        {images} at {height}×{width}"
         + (f", {classes} classes" if classes else "")
         + (f", conditions {', '.join(conditions)}" if conditions else ""),
@@ -411,11 +414,15 @@ def make_scheduler(config: dict) -> SchedulerMixin:
     return scheduler
 
 
-def averaged_network(config: dict, weights: dict[str, Tensor]) -> HDiTModel:
-    """The network of a configuration with these weights, which it takes over; in evaluation mode."""
+def averaged_network(trained: ModelMixin, weights: dict[str, Tensor]) -> ModelMixin:
+    """A network like the trained one with these weights, which it takes over; in evaluation mode, in main memory."""
     with torch.device("meta"):
-        network = HDiTModel.from_config(config)
+        network = type(trained).from_config(trained.config)
     network.load_state_dict(weights, assign=True)
+    for name, buffer in trained.named_buffers():
+        if name not in weights:  # fixed tables, which are not saved
+            place, _, leaf = name.rpartition(".")
+            network.get_submodule(place).register_buffer(leaf, buffer.to("cpu", copy=True), persistent=False)
     return network.eval()
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from diffusers.optimization import SchedulerType
 
-from . import diffusion, metrics, presets
-from .feature_networks import NETWORKS
-from .modeling_hdit import HDiTModel
+from . import diffusion, feature_networks, metrics, presets
+from .networks import NETWORKS, SHARED_ARGUMENTS
 from .upscaling import conditioning_channels
 
 
@@ -22,7 +21,7 @@ SHARES = ("label_dropout", "augment_prob", "max_conditioning_noise")
 SETTINGS = ("seed", "learning_rate", "mapping_lr_scale", "lr_scheduler", "adam_beta1", "adam_beta2", "adam_epsilon",
             "adam_weight_decay", "use_8bit_adam", "ema_decay", "ema_lengths", "random_flip", "center_crop",
             "augment_prob", "label_dropout", "noise_density", "noise_density_params", "loss_weighting", "buckets",
-            "streaming", "task", "upscale_factor", "max_conditioning_noise", "max_grad_norm", "lr_warmup_steps")  # fmt: skip
+            "streaming", "task", "model_type", "upscale_factor", "max_conditioning_noise", "max_grad_norm", "lr_warmup_steps")  # fmt: skip
 OF_METRICS = ("metrics", "metrics_images", "metrics_steps", "feature_network", "feature_weights")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -35,6 +34,7 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--output_dir", required=True, help="folder for the result; a run in it goes on")
     add("--dry_run", action=yes_no, default=False, help="say what would be done, and end")
 
+    add("--model_type", choices=list(NETWORKS), default="hdit", help="dit, unet: baselines to compare HDiT with")
     add("--task", choices=["generate", "upscale"], default="generate", help="upscale: super-resolution")
     add("--upscale_factor", type=int, default=4, help="of --task upscale: --resolution by the size of its input")
     add("--max_conditioning_noise", type=float, default=0.5, help="of --task upscale: most noise on its input")
@@ -65,7 +65,7 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     run("--max_train_steps", type=int, help="optimizer steps; wins over --num_train_epochs")
     run("--num_train_epochs", type=int, default=100)
     run("--learning_rate", type=float, default=5e-4)
-    run("--mapping_lr_scale", type=float, default=1 / 3, help="learning rate of the mapping network, relative")
+    run("--mapping_lr_scale", type=float, default=1 / 3, help="learning rate of HDiT's mapping network, relative")
     run("--lr_scheduler", choices=[s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT],
         default="constant_with_warmup")  # fmt: skip
     run("--lr_warmup_steps", type=int, default=100)
@@ -111,7 +111,11 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     out("--metrics", nargs="+", choices=metrics.METRICS, help="which; default: those that the feature network has")
     out("--metrics_images", type=int, default=1000, help="drawn for them")
     out("--metrics_steps", type=int, default=50, help="of the sampler")
-    out("--feature_network", default="efficientnet-lite0", help=f"{', '.join(NETWORKS)}, or module:function")
+    out(
+        "--feature_network",
+        default="efficientnet-lite0",
+        help=f"{', '.join(feature_networks.NETWORKS)}, or module:function",
+    )
     out("--feature_weights", help="file (inception-v3), folder or name on the Hub (dinov2, clip); default: fetched")
     out("--report_to", help=f"{', '.join(TRACKERS)}, several with commas, or none; default: tensorboard if installed")
     out("--logging_dir", default="logs", help="inside the output folder")
@@ -145,7 +149,8 @@ def levels(text: str) -> str:
 
 def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
     """
-    The flags, checked; `args.model` (arguments of `HDiTModel`) and `args.scheduler` are complete afterwards.
+    The flags, checked; `args.model` (arguments of the network that `args.model_type` names) and `args.scheduler` are
+    complete afterwards.
 
     Raises:
         SystemExit: for wrong flags, having said what is wrong.
@@ -157,15 +162,39 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     if name is not None and name not in presets.names():
         parser.error(f"there is no preset {name!r}; the presets are {', '.join(presets.names())}.")
     preset = presets.load(name) if name else {"model": {}, "scheduler": {}, "training": {}}
-    model, scheduler = ({**preset[key], **config.pop(key, {})} for key in ("model", "scheduler"))
+    config_model, scheduler = config.pop("model", {}), {**preset["scheduler"], **config.pop("scheduler", {})}
     parser.set_defaults(**{**preset["training"], **config})
     args = parser.parse_args(argv)
     tidy(args)
     check_types(parser, args)
     check_together(parser, args)
-    unknown = sorted(set(model) - set(inspect.signature(HDiTModel.__init__).parameters))
+    args.model = network_arguments(parser, args, preset["model"], config_model)
+    args.scheduler = {"sigma_min": 0.01, "sigma_max": 160.0, "sigma_data": 0.5, **scheduler}
+    args.sigma_data = args.scheduler["sigma_data"]
+    if args.augment_prob and args.model.get("augment_cond_dim", 9) != 9:
+        parser.error("--augment_prob needs a model with augment_cond_dim 9.")
+    try:
+        middle = torch.tensor(0.5, dtype=torch.float64)
+        diffusion.sigma_from_uniform(middle, args.noise_density, **args.noise_density_params)
+    except ValueError as error:
+        parser.error(f"noise_density_params: {error}")
+    args.checkpointed_levels = checkpointed_levels(parser, args)
+    return args
+
+
+def network_arguments(parser, args: argparse.Namespace, preset: dict, config: dict) -> dict:
+    """Arguments of the network, from the "model" of the preset and of the config file, and from the flags."""
+    network_class = NETWORKS[args.model_type]
+    if args.model_type != "hdit":  # a preset is one of HDiT
+        preset = {name: value for name, value in preset.items() if name in SHARED_ARGUMENTS}
+    model = {"sample_size": 256, **preset, **config}
+    allowed = list(inspect.signature(network_class.__init__).parameters)[1:]
+    unknown = sorted(set(model) - set(allowed))
     if unknown:
-        parser.error(f'the config\'s "model" has unknown keys: {", ".join(unknown)}.')
+        parser.error(
+            f'the config\'s "model" has unknown keys: {", ".join(unknown)}. {network_class.__name__}, which --model_type '
+            f"{args.model_type} trains, takes {', '.join(allowed)}."
+        )
     if (
         model.get("mapping_cond_dim")
         or model.get("conditioning_channels")
@@ -175,29 +204,27 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
             "this script trains models with as many output as input channels, sizes their mapping_cond by "
             "--condition_columns, and their conditioning_channels by --task."
         )
-    args.model = {"sample_size": 256, **model}
     if args.task == "upscale":
-        args.model["conditioning_channels"] = conditioning_channels(args.model.get("in_channels", 3))
-    args.scheduler = {"sigma_min": 0.01, "sigma_max": 160.0, "sigma_data": 0.5, **scheduler}
-    args.sigma_data = args.scheduler["sigma_data"]
+        model["conditioning_channels"] = conditioning_channels(model.get("in_channels", 3))
     if args.resolution:
-        args.model["sample_size"] = args.resolution[0] if len(args.resolution) == 1 else args.resolution
-    if args.augment_prob and args.model.get("augment_cond_dim", 9) != 9:
-        parser.error("--augment_prob needs a model with augment_cond_dim 9.")
-    try:
-        middle = torch.tensor(0.5, dtype=torch.float64)
-        diffusion.sigma_from_uniform(middle, args.noise_density, **args.noise_density_params)
-    except ValueError as error:
-        parser.error(f"noise_density_params: {error}")
-    depth = len(args.model.get("depths", (2, 2, 4)))
-    args.checkpointed_levels = {"all": list(range(depth)), "none": []}.get(args.gradient_checkpointing)
-    if args.checkpointed_levels is None:
-        args.checkpointed_levels = sorted({int(level) for level in args.gradient_checkpointing.split(",")})
-        if not set(args.checkpointed_levels) <= set(range(depth)):
-            parser.error(
-                f"gradient_checkpointing names levels {args.checkpointed_levels}; there are 0 to {depth - 1}."
-            )
-    return args
+        model["sample_size"] = args.resolution[0] if len(args.resolution) == 1 else args.resolution
+    return model
+
+
+def checkpointed_levels(parser, args: argparse.Namespace) -> list[int]:
+    """The levels that `--gradient_checkpointing` names; a baseline has one."""
+    depth = len(args.model.get("depths", (2, 2, 4))) if args.model_type == "hdit" else 1
+    if args.gradient_checkpointing in ("all", "none"):
+        return list(range(depth)) if args.gradient_checkpointing == "all" else []
+    levels = sorted({int(level) for level in args.gradient_checkpointing.split(",")})
+    if args.model_type != "hdit":
+        parser.error(
+            f"gradient_checkpointing names levels {levels}, which only HDiT has; without them it is for all blocks of a "
+            f"{args.model_type}."
+        )
+    if not set(levels) <= set(range(depth)):
+        parser.error(f"gradient_checkpointing names levels {levels}; there are 0 to {depth - 1}.")
+    return levels
 
 
 def tidy(args: argparse.Namespace) -> None:
@@ -264,6 +291,12 @@ def check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     for name in ("upscale_factor", "max_conditioning_noise"):
         if args.task != "upscale" and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} does nothing without --task upscale.")
+    if args.model_type != "hdit" and args.mapping_lr_scale != parser.get_default("mapping_lr_scale"):
+        parser.error(
+            f"--mapping_lr_scale is for HDiT's mapping network, which --model_type {args.model_type} has not."
+        )
+    if args.model_type == "dit" and args.buckets:
+        parser.error("--buckets needs a network that takes several sizes; --model_type dit takes one square size.")
     if args.upscale_factor < 2:
         parser.error(f"upscale_factor must be at least 2, got {args.upscale_factor}.")
     if args.condition_statistics and not args.condition_columns:
