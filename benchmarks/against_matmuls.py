@@ -74,12 +74,12 @@ def matmuls_table(bench: Bench) -> Table:
         "matmuls",
         f"{'tiny' if bench.quick else 'oxford-flowers-256'} and its matrix products, batch {batch}, "
         + ("float32" if bench.device.type == "cpu" else "autocast to bfloat16"),
-        ["what", "network", "ms", "over its matrix products", "HDiT takes", "GMAC"],
+        ["what", "network", "ms", "HDiT over this", "GMAC"],
         notes=[
             "The products are recorded from a real call of the same network, shapes and strides, and run alone in the "
             "same rounds. Attention counts as its products, two forward and four backward, on all keys that its kernel "
-            'is given (a tile of queries and its halo). "HDiT takes": its time as a multiple of the line\'s, the median '
-            "over rounds. A training step has the loss, clipping, AdamW and a moving average besides."
+            "is given (a tile of queries and its halo). A training step has the loss, clipping, AdamW and a moving "
+            "average besides."
         ],
     )
     for mode in ("forward", "forward + backward", "training step"):
@@ -97,11 +97,8 @@ def matmuls_table(bench: Bench) -> Table:
         }
         times = bench.turns(calls, 2 * bench.seconds)
         for name, seconds in times.items():
-            own = name in (PRODUCTS, LINEAR, NETWORK)
-            table.add(
-                mode, name, seconds, seconds.over(times[PRODUCTS]) if name == NETWORK else None,
-                None if name == NETWORK else times[NETWORK].over(seconds), gmac.get(name) if own else None,
-            )  # fmt: skip
+            ratio = None if name == NETWORK else times[NETWORK].over(seconds)
+            table.add(mode, name, seconds, ratio, gmac.get(name))
         if recorded.opaque:
             table.notes.append(f"{mode}: products inside of {', '.join(sorted(recorded.opaque))} are not counted.")
         calls.clear()

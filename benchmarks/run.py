@@ -77,7 +77,7 @@ def make_bench(args: argparse.Namespace) -> measure.Bench:
     compile_mode = None if args.compile == "none" else args.compile
     bench = measure.Bench(torch.device(args.device), args.quick, compile_mode)
     if args.quick:
-        bench.seconds, bench.limit = 0.3, 2.0
+        bench.seconds, bench.limit = 0.1, 2.0
     elif args.device == "cuda":
         bench.seconds, bench.limit = 3.0, 5.0
     return bench
