@@ -6,7 +6,7 @@ import torch
 from backends import KERNEL, attention_call, natten_itself
 from matmuls import Replay, record
 from measure import Bench, Table, randomize
-from networks import forget, gradient_call, hdit_of_image, images, training_call
+from networks import gradient_call, hdit_of_image, images, training_call
 from reference_windows import ReferenceNetwork
 
 from diffusers_hdit import HDiTModel, presets
@@ -102,7 +102,7 @@ def matmuls_table(bench: Bench) -> Table:
         if recorded.opaque:
             table.notes.append(f"{mode}: products inside of {', '.join(sorted(recorded.opaque))} are not counted.")
         calls.clear()
-        forget(bench)
+        bench.forget()
     return table
 
 

@@ -1,5 +1,6 @@
 """Neighborhood attention alone: every backend, and what NATTEN itself does, against the one that "auto" takes."""
 
+import math
 from importlib import util
 
 import torch
@@ -79,7 +80,7 @@ def backends_table(bench: Bench) -> Table:
     )
     last: dict[tuple[str, bool], float] = {}
     for side in sides:
-        results: dict[str, dict[bool, object]] = {}
+        results: dict[str, dict[bool, object]] = {name: {} for name in candidates(bench, False)[0]}
         for train in (False, True):
             functions, reasons = candidates(bench, train)
             for name, reason in reasons.items():
@@ -97,11 +98,13 @@ def backends_table(bench: Bench) -> Table:
                         calls[name] = call
                         continue
                     why = f"{last[name, train]:.1f} s, once"
-                last[name, train] = float("inf") if why.startswith("not run") else last[name, train]
-                results.setdefault(name, {})[train] = why
+                last[name, train] = math.inf if why.startswith("not run") else last[name, train]
+                results[name][train] = why
             for name, times in bench.turns(calls, bench.seconds).items():
-                results.setdefault(name, {})[train] = times
+                results[name][train] = times
             calls.clear()
+        # FlexAttention compiles for each size and mode, and PyTorch for so many only.
+        bench.forget()
         for name, by_mode in results.items():
             cells = []
             for train in (False, True):
@@ -116,7 +119,7 @@ def too_much(bench: Bench, last: float | None, batch: int, side: int, train: boo
     """Why a size is left out, from what twice as short a side took."""
     if quadratic and dense_bytes(bench, batch, side, train) > free_memory(bench.device) / 2:
         return f"not run: {dense_bytes(bench, batch, side, train) / 2**30:.0f} GiB of scores"
-    if last == float("inf"):
+    if last == math.inf:
         return "not run"
     seconds = 0 if last is None else last * (16 if quadratic else 4)
     return f"not run: {seconds:.0f} s by the size before" if seconds > 4 * bench.limit else None

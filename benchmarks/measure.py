@@ -5,6 +5,7 @@ every round, each first as often as the other, and a ratio is the median of the 
 slows down slows both.
 """
 
+import gc
 import itertools
 import os
 import platform
@@ -127,6 +128,19 @@ class Bench:
         """Seconds of a call that is warm, unless it takes so long that once is enough."""
         seconds = self.time(call)
         return seconds if seconds > 4 * self.limit else min(seconds, self.time(call))
+
+    def forget(self) -> None:
+        """Gives a GPU's memory back, so that the next peak is of what comes next, and drops compiled code."""
+        gc.collect()
+        torch._dynamo.reset()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    @property
+    def own_bytes(self) -> int:
+        """What `flush` keeps of a GPU's memory."""
+        return 0 if self._flush is None else self._flush.nbytes
 
     def turns(self, calls: dict[str, Callable[[], object]], seconds: float | None = None) -> dict[str, Samples]:
         """Times of calls that take turns, all of them warm."""

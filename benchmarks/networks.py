@@ -1,7 +1,7 @@
 """Whole networks: the presets, and HDiT beside Diffusers' DiT and U-Net of as many parameters."""
 
-import gc
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
@@ -120,15 +120,6 @@ def unet_of_image(model) -> Callable[[Tensor], Tensor]:
     return lambda sample: model(sample, 300, return_dict=False)[0]
 
 
-def forget(bench: Bench) -> None:
-    """Gives a GPU's memory back, so that the next peak is of what comes next."""
-    gc.collect()
-    torch._dynamo.reset()
-    if bench.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(bench.device)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # (c) presets
 
@@ -141,7 +132,17 @@ def presets_table(bench: Bench) -> Table:
     table = Table(
         "presets",
         f"The presets, forward and sampling in {bench.dtype}",
-        ["preset", "what", "batch", "ms", "images/s", "utilisation", "of the named peak", "peak memory, GiB"],
+        [
+            "preset",
+            "what",
+            "batch",
+            "ms",
+            "images/s",
+            "utilisation",
+            "of the named peak",
+            "peak memory, GiB",
+            "an image, GiB",
+        ],
         notes=[
             "Training is loss, gradients, clipping, AdamW and a moving average on images that are on the device"
             + (", autocast to bfloat16. " if bench.device.type == "cuda" else ", float32. ")
@@ -149,36 +150,52 @@ def presets_table(bench: Bench) -> Table:
             "keys that a query sees), 2 operations each, 3 times as many in training, over the rate of a large matrix "
             f"product measured in this run, {rate / 1e12:.2f} TFLOP/s"
             + (f"; named peak {named / 1e12:.0f} TFLOP/s." if named else ".")
-            + (" Memory is not measured on a CPU." if bench.device.type == "cpu" else "")
+            + (
+                " Memory is not measured on a CPU."
+                if bench.device.type == "cpu"
+                else " Memory of an image: what a call takes at its peak beyond what stays, gradients among it, over the "
+                "batch."
+            )
         ],
     )
     for name in names:
         config = presets.load(name)["model"]
         batch = 2 if bench.quick else BATCHES[name][bench.device.type == "cuda"]
-        flops = 2 * profile_model(config).macs * batch
+        profile = profile_model(config)
+        flops, parameters = 2 * profile.macs * batch, profile.parameters
         guess = 0.0
         for what, factor, make in preset_calls(bench, name, config, batch):
-            predicted = guess * {1: 0, 3: 4, STEPS: STEPS}[factor]
-            allowed = bench.limit * (10 if factor == STEPS else 2)
-            if predicted > allowed:
-                table.add(name, what, batch, f"not run: about {predicted:.0f} s", None, None, None, None)
+            why, predicted = None, guess * {1: 0, 3: 4, STEPS: STEPS}[factor]
+            if predicted > bench.limit * (10 if factor == STEPS else 2):
+                why = f"not run: about {predicted:.0f} s"
+            elif factor == 3 and 16 * parameters > free_memory(bench.device) / 2:
+                why = "not run: too little memory"
+            else:
+                bench.forget()
+                try:
+                    call = make()
+                    seconds = preset_times(bench, call, factor)
+                except torch.OutOfMemoryError:
+                    why = "out of memory"
+            if why:
+                table.add(name, what, batch, why, *[None] * 5)
                 continue
-            if factor == 3 and 16 * profile_parameters(config) > free_memory(bench.device) / 2:
-                table.add(name, what, batch, "not run: too little memory", None, None, None, None)
-                continue
-            forget(bench)
-            call = make()
-            seconds = preset_times(bench, call, factor)
             guess = guess or seconds.median
             done = flops * factor / seconds.median
-            on_gpu = bench.device.type == "cuda"
             table.add(
                 name, what, batch, seconds, batch / seconds.median, f"{done / rate:.0%}",
-                f"{done / named:.0%}" if named else None,
-                torch.cuda.max_memory_allocated(bench.device) / 2**30 if on_gpu else None,
+                f"{done / named:.0%}" if named else None, *memory_cells(bench, batch),
             )  # fmt: skip
             del call
     return table
+
+
+def memory_cells(bench: Bench, batch: int) -> tuple[float | None, float | None]:
+    """GiB at the peak since `forget`, and how much of it comes and goes with a call, for each image."""
+    if bench.device.type != "cuda":
+        return None, None
+    peak, kept = torch.cuda.max_memory_allocated(bench.device), torch.cuda.memory_allocated(bench.device)
+    return (peak - bench.own_bytes) / 2**30, (peak - kept) / batch / 2**30
 
 
 def preset_times(bench: Bench, call, factor: int) -> Samples:
@@ -188,10 +205,6 @@ def preset_times(bench: Bench, call, factor: int) -> Samples:
     first = bench.time(call)
     rounds = min(3, int(bench.seconds / first))
     return Samples([bench.time(call) for _ in range(rounds)] or [first])
-
-
-def profile_parameters(config: dict) -> int:
-    return profile_model(config).parameters
 
 
 def preset_calls(bench: Bench, name: str, config: dict, batch: int):
@@ -281,7 +294,7 @@ def resolution_table(bench: Bench) -> Table:
         choice = nearest(wanted, dit, itertools.product(range(2, 13), range(6, 17, 2)))
         models[f"DiT, {choice[0] * dim} wide, {choice[1]} blocks"] = dit(choice, size)
         compare(bench, table, f"{size}²", models, batch, size, last)
-        forget(bench)
+        bench.forget()
     return table
 
 
@@ -312,7 +325,7 @@ def unet_table(bench: Bench) -> Table:
         depth = nearest(parameters_of(unet), hdit, range(1, 33))
         models = {f"HDiT, patch {patch}": hdit(depth), "UNet2DModel": unet}
         compare(bench, table, f"{size}²", models, batch, size, {})
-        forget(bench)
+        bench.forget()
     return table
 
 
@@ -329,14 +342,18 @@ def compare(bench: Bench, table: Table, label: str, models: dict[str, nn.Module]
             wrap, growth = kinds[type(model)]
             predicted = last.get((type(model), train), 0.0) * growth
             if predicted > 3 * bench.limit:
-                results[name][train] = f"not run: up to {predicted:.0f} s"
+                results[name][train] = "not run" if predicted == math.inf else f"not run: up to {predicted:.0f} s"
                 last[type(model), train] = predicted
                 continue
             model = randomize(model).to(bench.device, torch.float32 if train else bench.dtype).train(train)
             make = gradient_call if train else forward_call
             arguments = [list(model.parameters())] if train else []
             call = make(bench, wrap(model), *arguments, batch, size)
-            last[type(model), train] = bench.once(call)
+            try:
+                last[type(model), train] = bench.once(call)
+            except torch.OutOfMemoryError:
+                last[type(model), train], results[name][train] = math.inf, "out of memory"
+                continue
             if last[type(model), train] > bench.limit:
                 results[name][train] = f"{last[type(model), train]:.1f} s, once"
             else:
