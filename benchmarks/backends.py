@@ -71,7 +71,7 @@ def backends_table(bench: Bench) -> Table:
     if bench.quick:
         batch, sides = 1, (16, 32)
     else:
-        batch, sides = (1, (16, 32, 64, 128, 256)) if bench.device.type == "cpu" else (8, (16, 32, 64, 128, 256))
+        batch, sides = 1 if bench.device.type == "cpu" else 8, (16, 32, 64, 128, 256)
     table = Table(
         "backends",
         f"Neighborhood attention, {KERNEL}×{KERNEL}, batch {batch}, {HEADS} heads of {HEAD_DIM}, {bench.dtype}",
@@ -108,9 +108,9 @@ def backends_table(bench: Bench) -> Table:
         for name, by_mode in results.items():
             cells = []
             for train in (False, True):
-                time = by_mode.get(train)
-                ratio = time.over(results["auto"][train]) if isinstance(time, Samples) and name != "auto" else None
-                cells += [time, ratio]
+                time, auto = by_mode.get(train), results["auto"].get(train)
+                both = name != "auto" and isinstance(time, Samples) and isinstance(auto, Samples)
+                cells += [time, time.over(auto) if both else None]
             table.add(f"{side}×{side}", name, *cells)
     return table
 

@@ -144,6 +144,8 @@ class Bench:
 
     def turns(self, calls: dict[str, Callable[[], object]], seconds: float | None = None) -> dict[str, Samples]:
         """Times of calls that take turns, all of them warm."""
+        if not calls:
+            return {}
         once = sum(self.once(call) for call in calls.values())
         wanted = self.seconds if seconds is None else seconds
         rounds = max(self.least, min(self.most, int(wanted / once)))

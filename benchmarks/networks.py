@@ -166,7 +166,7 @@ def presets_table(bench: Bench) -> Table:
         guess = 0.0
         for what, factor, make in preset_calls(bench, name, config, batch):
             why, predicted = None, guess * {1: 0, 3: 4, STEPS: STEPS}[factor]
-            if predicted > bench.limit * (10 if factor == STEPS else 2):
+            if predicted > bench.limit * (15 if factor == STEPS else 2):
                 why = f"not run: about {predicted:.0f} s"
             elif factor == 3 and 16 * parameters > free_memory(bench.device) / 2:
                 why = "not run: too little memory"
@@ -358,7 +358,7 @@ def compare(bench: Bench, table: Table, label: str, models: dict[str, nn.Module]
                 results[name][train] = f"{last[type(model), train]:.1f} s, once"
             else:
                 calls[name] = call
-        for name, times in bench.turns(calls).items() if calls else ():
+        for name, times in bench.turns(calls).items():
             results[name][train] = times
     first = next(iter(models))
     for name, model in models.items():
