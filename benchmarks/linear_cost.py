@@ -8,24 +8,16 @@ and ratios are of times of the same round, so that a machine that slows down slo
 """
 
 import argparse
-import os
 import platform
-import statistics
-import sys
-import time
 
 import torch
+from measure import Bench, keep_memory
 
 from diffusers_hdit.configuration_hdit import resolve_levels
 from diffusers_hdit.modeling_hdit import axial_positions, axial_rotary_tables, make_blocks
 
 
-# glibc returns every buffer over 32 MB to the system and takes it anew, to be zeroed page by page, at each use. That
-# would be measured at the largest size only: keep memory, as the allocator of a GPU does.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
-
-
-def timer(level, grid, conditioning, device, train: bool):
+def call_of(level, grid, conditioning, device, train: bool):
     torch.manual_seed(0)
     blocks = make_blocks(level, conditioning.shape[1]).to(device)
     for parameter in blocks.parameters():
@@ -34,24 +26,15 @@ def timer(level, grid, conditioning, device, train: bool):
     rotary = axial_rotary_tables(*axial_positions(*grid, device), level.heads, level.head_dim)
     tokens = torch.randn(1, *grid, level.width, device=device)
 
-    def run() -> float:
-        wait(device)
-        start = time.perf_counter()
+    def run():
         with torch.set_grad_enabled(train):
             out = tokens
             for block in blocks:
                 out = block(out, conditioning, rotary)
             if train:
                 out.square().mean().backward()
-        wait(device)
-        return time.perf_counter() - start
 
     return run
-
-
-def wait(device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -64,6 +47,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["neighborhood", "global"], help="attention types")
     args = parser.parse_args()
     device, side = torch.device(args.device), args.tokens
+    bench = Bench(device, least=args.rounds, most=args.rounds)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {platform.machine()}, {name}, float32, width {args.width}, depth {args.depth}")
     conditioning = torch.randn(1, 256, device=device)
@@ -72,22 +56,14 @@ def main() -> None:
     for kind in args.kinds:
         level = resolve_levels([args.width], [args.depth], None, [kind], 64, 7, 8, 0.0)[0]
         for train in (False, True):
-            runs = [timer(level, grid, conditioning, device, train) for grid in grids]
-            for run in runs:
-                run()
-            rounds = [[run() for run in runs] for _ in range(args.rounds)]
-            for i, grid in enumerate(grids):
-                times = [1e3 * times[i] for times in rounds]
-                ratio = statistics.median(times[i] / times[0] for times in rounds)
-                low, _, high = statistics.quantiles(times, n=4)
+            calls = {grid: call_of(level, grid, conditioning, device, train) for grid in grids}
+            samples = bench.turns(calls)
+            for grid, times in samples.items():
                 what = f"{kind}, {'forward + backward' if train else 'forward'}"
-                print(
-                    f"{what:<34}{f'{grid[0]}×{grid[1]}':>12}{statistics.median(times):>18.1f} "
-                    f"({low:.1f} to {high:.1f}){'':<3}{ratio:>12.2f}x"
-                )
+                ratio = times.over(samples[grids[0]]).median
+                print(f"{what:<34}{f'{grid[0]}×{grid[1]}':>12}{str(times):>38}{ratio:>17.2f}x")
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux" and not KEEP_MEMORY.keys() <= os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+    keep_memory()
     main()

@@ -10,13 +10,12 @@ networks of their own of the same configuration, in one process, with the same p
 import argparse
 import copy
 import importlib.util
-import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+from measure import Bench
 from tqdm.auto import tqdm
 
 
@@ -29,11 +28,6 @@ def load_example():
     sys.modules["train_hdit"] = module
     spec.loader.exec_module(module)
     return module
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
 
 
 def main() -> None:
@@ -68,28 +62,17 @@ def main() -> None:
             if run.step % args.logging_steps == 0:
                 train_hdit.report(run, progress_bar)
 
-        seconds = {bare_step: [], whole_step: []}
-        for i in range(own.steps + 3):
-            # In turns, and each first as often as the other: whatever slows the machine slows both.
-            for step in (bare_step, whole_step) if i % 2 else (whole_step, bare_step):
-                synchronize(device)
-                begin = time.perf_counter()
-                step()
-                synchronize(device)
-                if i >= 3:
-                    seconds[step].append(time.perf_counter() - begin)
+        bench = Bench(device, least=own.steps, most=own.steps)
+        times = bench.turns({"bare forward, backward, AdamW": bare_step, "step of the example": whole_step})
     print(
         f"{train_hdit.training.describe_hardware(accelerator)}, torch {torch.__version__}, precision "
         f"{accelerator.mixed_precision}, {args.train_batch_size} images of {run.dataset.resolution}, "
         f"{sum(p.numel() for p in bare.parameters()) / 1e6:.1f}M parameters"
     )
-    medians = {}
-    for name, step in (("bare forward, backward, AdamW", bare_step), ("step of the example", whole_step)):
-        values = sorted(seconds[step])
-        medians[step] = statistics.median(values)
-        low, high = values[len(values) // 4], values[3 * len(values) // 4]
-        print(f"{name:<32}{1e3 * medians[step]:9.1f} ms   (middle half: {1e3 * low:.1f} to {1e3 * high:.1f})")
-    print(f"overhead: {medians[whole_step] / medians[bare_step] - 1:+.1%}")
+    for name, seconds in times.items():
+        print(f"{name:<32}{str(seconds):>32} ms   (middle half)")
+    bare, whole = times.values()
+    print(f"overhead: {whole.median / bare.median - 1:+.1%}")
 
 
 if __name__ == "__main__":

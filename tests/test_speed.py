@@ -147,3 +147,44 @@ def test_compiled(make_pipeline):
     plain = draw(pipe, **arguments)
     pipe.transformer.compile(fullgraph=True, backend="aot_eager")
     assert relative_error(draw(pipe, **arguments), plain) < 1e-4
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_no_recompilation(make_model, train):
+    """Neither for batches of other sizes, once one made the graph symbolic, nor for other noise levels or labels."""
+    torch._dynamo.reset()
+    model = make_model(num_classes=3, widths=(16, 32), depths=(1, 1), mapping_depth=1)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def inputs(batch):
+        return torch.randn(batch, 3, 32, 32), torch.randn(batch), torch.randint(4, (batch,))
+
+    def graphs():
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    with torch.set_grad_enabled(train):
+        compiled(*inputs(2))
+        compiled(*inputs(3))
+        after_two_sizes = graphs()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for batch in (2, 5, 8):
+                args = inputs(batch)
+                assert relative_error(compiled(*args).sample, model(*args).sample) < 1e-5
+        assert graphs() == after_two_sizes > 0
+
+
+def test_a_compiled_pipeline_does_not_recompile(make_pipeline):
+    """Other numbers of steps, seeds, labels and guidance scales at one resolution."""
+    pipe = make_pipeline(widths=(16, 32), depths=(1, 1), mapping_depth=1)
+    torch._dynamo.reset()
+    pipe.transformer.compile(fullgraph=True, backend="aot_eager")
+
+    def sample(label, images, steps, scale):
+        generator = torch.Generator().manual_seed(steps)
+        pipe(label, images, num_inference_steps=steps, guidance_scale=scale, generator=generator, output_type="latent")
+
+    sample(0, 2, 2, 1.0)
+    sample(1, 3, 2, 2.0)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        sample(2, 4, 5, 1.0)
+        sample(0, 2, 7, 3.0)
