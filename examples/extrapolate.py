@@ -78,7 +78,12 @@ def measure(
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("pipeline", nargs="+", metavar="PIPELINE", help="folder with a saved HDiTPipeline, or its name on the Hub")
+    add(
+        "pipeline",
+        nargs="+",
+        metavar="PIPELINE",
+        help="folder with a saved HDiTPipeline, its name on the Hub, or NAME=either",
+    )
     add("--output_dir", required=True)
     add("--resolutions", default="32,48,64,96,128", help="pixels, with commas")
     add("--real_dir", help="folder of real images, resized to each size; default: held-out views of the panoramas")
@@ -117,9 +122,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def named(paths: list[str]) -> dict[str, str]:
-    """By the names of their folders, or as they were given where these are the same."""
-    names = [Path(path).resolve().name for path in paths]
-    return dict(zip(names if len(set(names)) == len(names) else paths, paths, strict=True))
+    """
+    {name: path}: of NAME=PATH, or by the names of their folders.
+
+    Raises:
+        ValueError: for two of one name.
+    """
+    pairs = [path.split("=", 1) if "=" in path else (Path(path).resolve().name, path) for path in paths]
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError(f"two pipelines have one name: {', '.join(paths)}. Name them: rope=PATH additive=PATH.")
+    return dict(pairs)
 
 
 def load_pipelines(args: argparse.Namespace) -> dict[str, HDiTPipeline]:

@@ -162,6 +162,9 @@ def test_extrapolation_refuses_before_any_work(feature_folder):
     for flags in (["--resolutions", "x"], ["--num_images", "2"], ["--train_data_dir", "x"], ["--real_dir", "nowhere"]):
         with pytest.raises(SystemExit):
             extrapolate.main([str(path), *out, *flags])
+    with pytest.raises(ValueError, match="two pipelines have one name"):
+        extrapolate.main([str(path), str(path), *out])
+    assert extrapolate.named(["a=x/y", "x/z"]) == {"a": "x/y", "z": "x/z"}
     classes = tiny(num_classes=2)
     HDiTPipeline(classes, EDMDPMSolverMultistepScheduler()).save_pretrained(feature_folder / "classes")
     with pytest.raises(ValueError, match="has classes or other conditions"):
