@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import kept_bytes, randomize, relative_error
 from diffusers import DiTTransformer2DModel, EDMDPMSolverMultistepScheduler, UNet2DModel
-from running import CONFIG, TRAIN, equal, losses, run, weights, write_config
+from running import CONFIG, EXAMPLES, TRAIN, equal, losses, run, weights, write_config
 
 from diffusers_hdit import DiTPixelModel, HDiTModel, HDiTPipeline, UNetPixelModel, diffusion, hub, training
 from diffusers_hdit.baselines import TIME_SCALE
@@ -429,6 +429,17 @@ def test_flags(tmp_path):
     # Of a preset, what is not only HDiT's.
     args = parse(tmp_path, preset="oxford-flowers-256", model={}, model_type="unet", learning_rate=1e-4)
     assert args.model == {"sample_size": 256, "num_classes": 102} and args.learning_rate == 1e-4
+
+
+@TYPES
+def test_the_example_configs_compare(model_type):
+    """About as many parameters as the tiny HDiT, the same in all else."""
+    path = lambda name: EXAMPLES / "configs" / f"{name}.json"  # noqa: E731
+    args = [parse_args(["--config", str(path(name)), "--output_dir", "o"]) for name in ("tiny", f"tiny-{model_type}")]
+    profiles = [profile_network(NETWORKS[a.model_type], {**a.model, "num_classes": 13}) for a in args]
+    assert profiles[1].parameters == pytest.approx(profiles[0].parameters, rel=0.15)
+    differing = {name for name, value in vars(args[0]).items() if vars(args[1])[name] != value}
+    assert differing == {"config", "model", "model_type"}
 
 
 @pytest.mark.parametrize(
