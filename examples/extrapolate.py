@@ -20,11 +20,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from diffusers_hdit import HDiTPipeline, metrics
+from diffusers_hdit import HDiTModel, HDiTPipeline, evaluation, metrics
 from diffusers_hdit.checkpoints import write_durably
 from diffusers_hdit.data import load_images
 from diffusers_hdit.extrapolation import at_size, finetune, finetuning_args, set_treatment, treatments_of
-from diffusers_hdit.many_images import image_seed
 
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -43,8 +42,8 @@ def main(argv: list[str] | None = None) -> None:
     results, pictures = [], {}
     for resolution in args.resolutions:
         real = open_images(args.real_dir, "real", 1, resolution, args)
-        features = metrics.cached_features(extractor, lambda real=real: batches_of(real, args), output_dir / "cache")
-        pictures["real", resolution] = torch.stack([real[i]["image"] for i in range(min(SHOWN, len(real)))])
+        features = evaluation.reference_features(extractor, real, args.batch_size, output_dir / "cache")
+        pictures["real", resolution] = evaluation.real_images(real, range(min(SHOWN, len(real))))
         for name, pipeline in pipelines.items():
             for result, images in measure(name, pipeline, resolution, features, extractor, args):
                 results.append(result)
@@ -68,11 +67,20 @@ def measure(
         set_treatment(pipeline.transformer, treatment)
         for steps in (0, args.finetune_steps) if new and args.finetune_steps else (0,):
             model = finetuned(name, pipeline, resolution, treatment, args) if steps else pipeline
-            drawn = list(draw(model, resolution, args))
-            distances = metrics.evaluate(extractor.features(drawn), real, DISTANCES, extractor)
+            drawing = evaluation.Drawing(
+                model,
+                {},
+                args.num_images,
+                args.batch_size,
+                args.num_inference_steps,
+                seed=args.seed,
+                size=(resolution, resolution),
+            )
+            drawn, images = evaluation.features_of(drawing, extractor, keep_images=True)
+            distances = metrics.evaluate(drawn, real, DISTANCES, extractor)
             for same in (treatment,) if new else treatments:
                 result = {**about, "treatment": same, "finetune_steps": steps, "metrics": distances}
-                yield result, torch.cat(drawn)[:SHOWN]
+                yield result, images[:SHOWN]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -143,7 +151,10 @@ def load_pipelines(args: argparse.Namespace) -> dict[str, HDiTPipeline]:
     for name, path in named(args.pipeline).items():
         pipeline = HDiTPipeline.from_pretrained(path)
         pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-        pipeline.set_progress_bar_config(disable=True)
+        if not isinstance(pipeline.transformer, HDiTModel):
+            raise ValueError(
+                f"{path} has a {type(pipeline.transformer).__name__}; this is about the positions of HDiT."
+            )
         config = pipeline.transformer.config
         if config.num_classes or config.mapping_cond_dim or config.conditioning_channels:
             raise ValueError(f"{path} has classes or other conditions; this draws from models without.")
@@ -172,27 +183,6 @@ def open_images(folder: str | None, name: str, seed: int, resolution: int, args:
     return load_images(train_data_dir=folder, resolution=resolution, center_crop=True, cache_dir=cache)
 
 
-def batches_of(images, args: argparse.Namespace):
-    for start in range(0, len(images), args.batch_size):
-        stop = min(start + args.batch_size, len(images))
-        yield torch.stack([images[i]["image"] for i in range(start, stop)])
-
-
-def draw(pipeline: HDiTPipeline, resolution: int, args: argparse.Namespace):
-    """Batches of uint8 images `(B, C, H, W)`; image i begins with the same noise for all pipelines."""
-    for start in range(0, args.num_images, args.batch_size):
-        numbers = range(start, min(start + args.batch_size, args.num_images))
-        images = pipeline(
-            num_images_per_prompt=len(numbers),
-            height=resolution,
-            width=resolution,
-            num_inference_steps=args.num_inference_steps,
-            generator=[torch.Generator().manual_seed(image_seed(args.seed, i)) for i in numbers],
-            output_type="pt",
-        ).images
-        yield (images.float() * 255).round().to(torch.uint8).cpu()
-
-
 def finetuned(name: str, pipeline: HDiTPipeline, resolution: int, treatment: str, args) -> HDiTPipeline:
     """Trained on at a size; kept in finetuned/, and taken from there if it was trained alike."""
     folder = Path(args.output_dir) / "finetuned" / f"{name}-{treatment}-{resolution}".replace("/", "_")
@@ -215,7 +205,6 @@ def finetuned(name: str, pipeline: HDiTPipeline, resolution: int, treatment: str
         found.save_pretrained(folder)
         write_durably(noted, json.dumps(about))
     found.to(pipeline.device)
-    found.set_progress_bar_config(disable=True)
     return found
 
 

@@ -669,7 +669,7 @@ def test_the_card_says_what_the_configuration_says(hub, make_pipeline):
     assert f"| multiply-accumulates | {profile.macs / 1e9:.3g} G for one image and step |" in card
     assert "| resolution | 16×16, 3 channels |" in card and "| sigma | 0.01 to 80.0, sigma_data 0.5 |" in card
     assert "| 0 | neighborhood 3×3 | 8×8 | 32 | 1 |" in card and "| 1 | global | 4×4 | 32 | 1 |" in card
-    assert "arxiv.org/abs/2401.11605" in card and "Unconditional" in card
+    assert "arxiv.org/abs/2401.11605" in card and "Unconditional" in card and "not as in the paper" not in card
     assert header(card) == {
         "library_name": "diffusers",
         "pipeline_tag": "unconditional-image-generation",
@@ -678,6 +678,15 @@ def test_the_card_says_what_the_configuration_says(hub, make_pipeline):
     # Nothing that nobody measured or said.
     assert "How they were trained is not recorded here" in card and "No metric is recorded" in card
     assert "nobody has stated a licence" in card and "samples.png" not in card
+
+
+def test_the_card_says_what_is_not_the_papers(hub, make_pipeline):
+    parts = {"skip": "concat", "activation": "gelu", "self_conditioning": True}
+    for kind, words in (("axial", "axial"), ("sliding_window", "sliding window 3×3")):
+        make_pipeline(attention_types=[kind, "global"], **parts).push_to_hub(NAME)
+        card = hub.repos[NAME].files["README.md"].decode()
+        assert f"| 0 | {words} | 8×8 | 32 | 1 |" in card
+        assert "| not as in the paper | skip='concat', activation='gelu', self_conditioning=True |" in card
 
 
 def test_facts_metrics_and_samples(hub, make_pipeline):

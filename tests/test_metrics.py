@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 from diffusers import EDMDPMSolverMultistepScheduler
 from torch import nn
 
-from diffusers_hdit import HDiTPipeline, metrics
+from diffusers_hdit import HDiTPipeline, evaluation, metrics
 from diffusers_hdit.model_card import TrainingFacts
 
 
@@ -253,25 +253,35 @@ def test_efficientnet():
     assert distances[0] < distances[1] and distances[0] < distances[2], "other faces are nearer than upside-down ones"
 
 
-def test_cached_features(tmp_path):
+class Images(list):
+    """What `reference_features` asks of a dataset."""
+
+    def __getitem__(self, item):
+        return {"image": super().__getitem__(item[0])}
+
+
+def test_features_of_real_images_are_kept(tmp_path):
     images = torch.randint(256, (10, 3, 8, 8), dtype=torch.uint8)
+
+    def features_of(images, extractor, batch_size=4):
+        return evaluation.reference_features(extractor, Images(images), batch_size, tmp_path)
+
     extractor = metrics.FeatureExtractor(Pixels(), "pixels")
-    first = metrics.cached_features(extractor, lambda: images.split(4), tmp_path)
+    first = features_of(images, extractor)
+    assert torch.equal(first, extractor.features([images]))
     calls = extractor.network.calls
-    again = metrics.cached_features(extractor, lambda: images.split(3), tmp_path)
-    assert torch.equal(first, again) and extractor.network.calls == calls, "whatever the batches"
+    assert torch.equal(features_of(images, extractor, 3), first), "whatever the batches"
+    assert extractor.network.calls == calls
     changed = images.clone()
     changed[7, 1, 2, 3] ^= 1
-    assert not torch.equal(metrics.cached_features(extractor, lambda: changed.split(4), tmp_path), first)
-    other = metrics.FeatureExtractor(Pixels(2.0), "pixels")
-    torch.testing.assert_close(metrics.cached_features(other, lambda: images.split(4), tmp_path), 2 * first)
-    resized = metrics.FeatureExtractor(Pixels(), "pixels", 16)
-    metrics.cached_features(resized, lambda: images.split(4), tmp_path)
+    assert not torch.equal(features_of(changed, extractor), first)
+    torch.testing.assert_close(features_of(images, metrics.FeatureExtractor(Pixels(2.0), "pixels")), 2 * first)
+    features_of(images, metrics.FeatureExtractor(Pixels(), "pixels", 16))
     files = sorted(tmp_path.iterdir())
     assert len(files) == 4
     for file in files:
         file.write_bytes(b"broken")
-    assert torch.equal(metrics.cached_features(extractor, lambda: images.split(4), tmp_path), first)
+    assert torch.equal(features_of(images, extractor), first)
 
 
 def test_adm_files(tmp_path):

@@ -172,6 +172,7 @@ class Drawing:
     Attributes:
         pipeline: on this process's device.
         conditions: arguments of the pipeline, one entry an image.
+        size: (height, width); None is the trained size.
         autocast: makes the context that the pipeline runs in.
     """
 
@@ -182,15 +183,18 @@ class Drawing:
     num_inference_steps: int = 50
     guidance_scale: float = 1.0
     seed: int = 0
+    size: tuple[int, int] | None = None
     autocast: Callable = contextlib.nullcontext
 
     def images(self, numbers) -> Tensor:
         """uint8 `(B, C, H, W)` of the images with these numbers, on the device."""
-        numbers = list(numbers)
+        numbers, (height, width) = list(numbers), self.size or (None, None)
         with without_progress_bar(self.pipeline), self.autocast():
             images = self.pipeline(
                 **{name: values[numbers] for name, values in self.conditions.items()},
                 num_images_per_prompt=1 if self.conditions else len(numbers),
+                height=height,
+                width=width,
                 num_inference_steps=self.num_inference_steps,
                 guidance_scale=self.guidance_scale,
                 generator=[torch.Generator().manual_seed(image_seed(self.seed, i)) for i in numbers],
@@ -203,7 +207,7 @@ class Drawing:
         """What a result must name besides the network and the counts."""
         scheduler = self.pipeline.scheduler
         settings = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-        height, width = self.pipeline.transformer.sample_size
+        height, width = self.size or self.pipeline.transformer.sample_size
         return {
             "image_resolution": [height, width],
             "sampler": {"class": type(scheduler).__name__, **settings},

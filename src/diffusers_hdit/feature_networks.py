@@ -365,24 +365,3 @@ def write_cache(path: Path, features: Tensor) -> None:
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     save_file({"features": features.contiguous()}, partial)
     os.replace(partial, path)
-
-
-def cached_features(
-    extractor: FeatureExtractor,
-    batches: Callable[[], Iterable[Tensor]],
-    cache_dir: Path,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """
-    Features of images that are asked for again and again, such as the real ones, kept in `cache_dir`: changed images,
-    weights or filters are never mistaken for the old ones.
-
-    Args:
-        batches: gives the batches of uint8 images anew at each call: once to hash them, once for the network.
-    """
-    path = cache_file(extractor, batches(), cache_dir)
-    features = read_cache(path)
-    if features is None:
-        features = extractor.features(batches(), device)
-        write_cache(path, features)
-    return features

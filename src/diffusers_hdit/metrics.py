@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .feature_networks import ClipImages, FeatureExtractor, InceptionV3, cached_features, load_extractor
+from .feature_networks import ClipImages, FeatureExtractor, InceptionV3, load_extractor
 
 
 __all__ = [
-    "METRICS", "FeatureExtractor", "cached_features", "cmmd", "default_metrics", "evaluate", "frechet_distance",
+    "METRICS", "FeatureExtractor", "cmmd", "default_metrics", "evaluate", "frechet_distance",
     "frechet_floor", "inception_score", "kernel_distance", "kernel_distance_and_error", "load_adm_statistics",
     "load_extractor", "mean_and_covariance", "nearest_neighbors", "near_copies", "precision_recall", "save_adm_samples",
     "save_adm_statistics", "share_of_near_copies",

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from .baselines import DiTPixelModel, UNetPixelModel
+from .configuration_hdit import PARTS
 from .modeling_hdit import HDiTModel
 from .networks import network_class
 from .profile import ModelProfile, profile_network
@@ -255,11 +256,18 @@ def model_table(config: dict, scheduler_config: dict, classes: dict[int, str]) -
         rows.append(("vector condition", f"{config['mapping_cond_dim']} numbers"))
     if config.get("conditioning_channels"):
         rows.append(("conditioning image", f"{config['conditioning_channels']} channels"))
+    exchanged = [f"{name}={config[name]!r}" for name, (paper, *_) in PARTS.items() if config.get(name, paper) != paper]
+    if exchanged:
+        rows.append(("not as in the paper", ", ".join(exchanged)))
     lines = ["## Model", "", *table(("", ""), rows), ""]
     if not levels:
         return "\n".join(lines).rstrip()
-    what = {"neighborhood": "neighborhood {0.kernel_size}×{0.kernel_size}", "none": "none", "global": "global",
-            "shifted_window": "shifted window {0.window_size}×{0.window_size}"}  # fmt: skip
+    what = {
+        "neighborhood": "neighborhood {0.kernel_size}×{0.kernel_size}",
+        "sliding_window": "sliding window {0.kernel_size}×{0.kernel_size}",
+        "shifted_window": "shifted window {0.window_size}×{0.window_size}",
+        **{name: name for name in ("global", "axial", "none")},
+    }
     rows = [
         (i, what[level.type].format(level), row.name.split()[-1], level.width, level.depth, billions(row.macs))
         for i, (level, row) in enumerate(zip(levels, profile.levels, strict=False))

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import diffusion, metrics
+from . import diffusion, evaluation, metrics
 from .checkpoints import write_durably
 from .data import load_images, mixed_seed, to_float
-from .many_images import image_seed
 from .pipeline_hdit import HDiTPipeline
 from .studies import Row, parts_of
 from .training import draw_noise
@@ -151,20 +150,22 @@ def load_main(script: Path) -> Callable[[list[str]], None]:
 def evaluate(run: Run) -> dict:
     """Of the averaged weights at each point: held-out errors by noise level, and distances of drawn images."""
     pipeline = HDiTPipeline.from_pretrained(run.pipeline_dir)
-    pipeline.set_progress_bar_config(disable=True)
-    size = pipeline.transformer.sample_size
+    size, wanted = pipeline.transformer.sample_size, run.evaluation
     # load_images only to read the same way as the training does.
     held_out = load_images(train_data_dir=run.held_out_dir, resolution=size, center_crop=True, cache_dir=run.cache_dir)
-    extractor = metrics.load_extractor(run.evaluation["feature_network"], run.evaluation["network_resolution"])
-    real = reference_features(extractor, held_out, run.cache_dir)
+    extractor = metrics.load_extractor(wanted["feature_network"], wanted["network_resolution"])
+    real = evaluation.reference_features(extractor, held_out, BATCH, Path(run.cache_dir) / "features")
     points = []
     for step in run.steps:
         load_average(pipeline.transformer, average_path(run, step))
         point = {"step": step, "images": step * run.row.batch, "flops": step * run.row.batch * run.row.flops_per_image}
         if step in run.steps_at("loss_at"):
-            point["held_out"] = held_out_errors(pipeline.transformer, held_out, run.evaluation)
+            point["held_out"] = held_out_errors(pipeline.transformer, held_out, wanted)
         if step in run.steps_at("distances_at"):
-            drawn = extractor.features(draw(pipeline, run.evaluation))
+            drawing = evaluation.Drawing(
+                pipeline, {}, wanted["images"], BATCH, wanted["num_inference_steps"], seed=wanted["seed"]
+            )
+            drawn, _ = evaluation.features_of(drawing, extractor)
             names = ["kernel_distance", "frechet_distance"]
             point["distances"] = metrics.evaluate(drawn, real, names, extractor)
         points.append(point)
@@ -180,16 +181,6 @@ def load_average(network: nn.Module, path: Path) -> None:
         raise ValueError(f"{path} is of another network: {[*found.unexpected_keys, *sorted(trained)]}")
 
 
-def reference_features(extractor, images, cache_dir: Path) -> Tensor:
-    return metrics.cached_features(extractor, lambda: batches_of(images, len(images)), Path(cache_dir) / "features")
-
-
-def batches_of(images, count: int) -> Iterator[Tensor]:
-    """uint8 `(B, C, H, W)`, the first `count` of them."""
-    for start in range(0, count, BATCH):
-        yield torch.stack([images[i]["image"] for i in range(start, min(start + BATCH, count))])
-
-
 def noise_levels(count: int, image_size: int, sigma_data: float = 0.5) -> Tensor:
     """The middles of equal parts of the paper's density: a mean over them is one over the density, for every row."""
     u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
@@ -197,20 +188,19 @@ def noise_levels(count: int, image_size: int, sigma_data: float = 0.5) -> Tensor
 
 
 @torch.inference_mode()
-def held_out_errors(network: nn.Module, images, evaluation: dict, sigma_data: float = 0.5) -> dict:
+def held_out_errors(network: nn.Module, images, wanted: dict, sigma_data: float = 0.5) -> dict:
     """
     The network's error on images that it did not see, with the same noise for every network: unweighted (F against its
     target, as `diffusion.loss` with "karras") for each noise level, and the mean of all with soft-min-snr's weights.
     """
-    sigmas = noise_levels(evaluation["noise_levels"], max(network.sample_size), sigma_data)
-    count = min(evaluation["loss_images"], len(images))
+    sigmas = noise_levels(wanted["noise_levels"], max(network.sample_size), sigma_data)
+    count = min(wanted["loss_images"], len(images))
     sums = torch.zeros(len(sigmas), dtype=torch.float64)
-    first = 0
-    for batch in batches_of(images, count):
-        image, numbers = to_float(batch), range(first, first + len(batch))
-        first += len(batch)
+    for first in range(0, count, BATCH):
+        numbers = range(first, min(first + BATCH, count))
+        image = to_float(evaluation.real_images(images, numbers))
         for i, sigma in enumerate(sigmas):
-            seed = mixed_seed("held-out", evaluation["seed"], i)
+            seed = mixed_seed("held-out", wanted["seed"], i)
             noise = draw_noise(image.shape, seed, numbers, image.device)
             sums[i] += errors(network, image, noise, sigma.expand(len(image)), sigma_data).double().sum()
     error = sums / count
@@ -226,17 +216,3 @@ def errors(network: nn.Module, image: Tensor, noise: Tensor, sigma: Tensor, sigm
 
 def self_conditioned(network: nn.Module) -> bool:
     return bool(network.config.get("self_conditioning"))
-
-
-def draw(pipeline: HDiTPipeline, evaluation: dict, **size) -> Iterator[Tensor]:
-    """uint8 `(B, C, H, W)`; image i has the same noise for every network of one resolution."""
-    for start in range(0, evaluation["images"], BATCH):
-        numbers = range(start, min(start + BATCH, evaluation["images"]))
-        images = pipeline(
-            num_images_per_prompt=len(numbers),
-            num_inference_steps=evaluation["num_inference_steps"],
-            generator=[torch.Generator().manual_seed(image_seed(evaluation["seed"], i)) for i in numbers],
-            output_type="pt",
-            **size,
-        ).images
-        yield (images.float() * 255).round().to(torch.uint8).cpu()
