@@ -33,6 +33,13 @@ CONFIG = {
 NO_DROPOUT = {"model": {**CONFIG["model"], "dropout": 0.0}}
 
 
+class Images(list):
+    """Tensors, as `evaluation.real_images` reads them from a dataset."""
+
+    def __getitem__(self, item):
+        return {"image": super().__getitem__(item[0])}
+
+
 def load_example(name):
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)

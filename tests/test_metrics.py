@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from diffusers import EDMDPMSolverMultistepScheduler
+from running import Images
 from torch import nn
 
 from diffusers_hdit import HDiTPipeline, evaluation, metrics
@@ -251,13 +252,6 @@ def test_efficientnet():
     assert found[0].shape == (31, 1280)
     distances = [metrics.kernel_distance(found[0], other) for other in found[1:]]
     assert distances[0] < distances[1] and distances[0] < distances[2], "other faces are nearer than upside-down ones"
-
-
-class Images(list):
-    """What `reference_features` asks of a dataset."""
-
-    def __getitem__(self, item):
-        return {"image": super().__getitem__(item[0])}
 
 
 def test_features_of_real_images_are_kept(tmp_path):

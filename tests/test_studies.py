@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from conftest import SMALL
-from running import EXAMPLES, finish, load_example, run, start
+from running import EXAMPLES, Images, finish, load_example, run, start
 
 from diffusers_hdit import HDiTModel, diffusion, studies, study_report, study_runs
 
@@ -177,12 +177,12 @@ def test_budgets_of_flops_and_what_they_count():
 
 def test_held_out_errors_are_those_of_the_loss(make_model):
     network = make_model(sample_size=16, widths=(16, 16), depths=(1, 1)).double()
-    images = [{"image": torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)} for _ in range(5)]
+    images = Images(torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8))
     network = network.float()
     found = study_runs.held_out_errors(network, images, {"noise_levels": 4, "loss_images": 5, "seed": 0})
     # In float64, from the definition: F against its target.
     sigma = torch.tensor(found["sigma"][1], dtype=torch.float64)
-    x = torch.stack([i["image"] for i in images]).double() / 127.5 - 1
+    x = torch.stack(list(images)).double() / 127.5 - 1
     from diffusers_hdit.data import mixed_seed
     from diffusers_hdit.training import draw_noise
 

@@ -154,7 +154,7 @@ def evaluate(run: Run) -> dict:
     # load_images only to read the same way as the training does.
     held_out = load_images(train_data_dir=run.held_out_dir, resolution=size, center_crop=True, cache_dir=run.cache_dir)
     extractor = metrics.load_extractor(wanted["feature_network"], wanted["network_resolution"])
-    real = evaluation.reference_features(extractor, held_out, BATCH, Path(run.cache_dir) / "features")
+    real = reference_features(extractor, held_out, run.cache_dir)
     points = []
     for step in run.steps:
         load_average(pipeline.transformer, average_path(run, step))
@@ -179,6 +179,10 @@ def load_average(network: nn.Module, path: Path) -> None:
     trained = {name for name, _ in network.named_parameters()} & set(found.missing_keys)
     if found.unexpected_keys or trained:
         raise ValueError(f"{path} is of another network: {[*found.unexpected_keys, *sorted(trained)]}")
+
+
+def reference_features(extractor, images, cache_dir: Path) -> Tensor:
+    return evaluation.reference_features(extractor, images, BATCH, Path(cache_dir) / "features")
 
 
 def noise_levels(count: int, image_size: int, sigma_data: float = 0.5) -> Tensor:
