@@ -11,13 +11,16 @@ Distances are comparable at one size only: small images come to the feature netw
 """
 
 import argparse
+import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from PIL import Image, ImageDraw
 
 from diffusers_hdit import HDiTModel, HDiTPipeline, evaluation, metrics
@@ -43,9 +46,14 @@ def main(argv: list[str] | None = None) -> None:
     for resolution in args.resolutions:
         real = open_images(args.real_dir, "real", 1, resolution, args)
         features = evaluation.reference_features(extractor, real, args.batch_size, output_dir / "cache")
+        if args.real_dir is None:
+            others = open_images(None, "others", 2, resolution, args)
+            others = evaluation.reference_features(extractor, others, args.batch_size, output_dir / "cache")
+        else:
+            features, others = features[::2], features[1::2]
         pictures["real", resolution] = evaluation.real_images(real, range(min(SHOWN, len(real))))
         for name, pipeline in pipelines.items():
-            for result, images in measure(name, pipeline, resolution, features, extractor, args):
+            for result, images in measure(name, pipeline, resolution, features, others, extractor, args):
                 results.append(result)
                 pictures[label(result), resolution] = images
                 print(line_of(result), flush=True)
@@ -54,10 +62,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(
-    name: str, pipeline: HDiTPipeline, resolution: int, real: torch.Tensor, extractor, args
+    name: str, pipeline: HDiTPipeline, resolution: int, real: torch.Tensor, others: torch.Tensor, extractor, args
 ) -> Iterator[tuple]:
-    """Results and the first pictures of all treatments at a size; at the trained one they are the same, and there is
-    nothing to fine-tune."""
+    """
+    Results and the first pictures of all treatments at a size; at the trained one they are the same, and there is
+    nothing to fine-tune. `others` are features of more real images: what real ones are apart.
+    """
+    floor = metrics.frechet_distance(*metrics.mean_and_covariance(others), *metrics.mean_and_covariance(real))
     trained_at = max(pipeline.transformer.sample_size)
     about = {"pipeline": name, "resolution": resolution, "trained_at": trained_at}
     about |= {"num_inference_steps": args.num_inference_steps, "seed": args.seed}
@@ -78,6 +89,7 @@ def measure(
             )
             drawn, images = evaluation.features_of(drawing, extractor, keep_images=True)
             distances = metrics.evaluate(drawn, real, DISTANCES, extractor)
+            distances[1] |= {"floor": floor, "floor_images": len(others)}
             for same in (treatment,) if new else treatments:
                 result = {**about, "treatment": same, "finetune_steps": steps, "metrics": distances}
                 yield result, images[:SHOWN]
@@ -92,7 +104,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="PIPELINE",
         help="folder with a saved HDiTPipeline, its name on the Hub, or NAME=either",
     )
-    add("--output_dir", required=True)
+    add("--output_dir", default="extrapolation")
     add("--resolutions", default="32,48,64,96,128", help="pixels, with commas")
     add("--real_dir", help="folder of real images, resized to each size; default: held-out views of the panoramas")
     add("--num_images", type=int, default=256, help="drawn at each size, and real views at each size")
@@ -150,12 +162,18 @@ def load_pipelines(args: argparse.Namespace) -> dict[str, HDiTPipeline]:
     pipelines = {}
     for name, path in named(args.pipeline).items():
         pipeline = HDiTPipeline.from_pretrained(path)
-        pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        pipeline.to(PartialState().device)
         if not isinstance(pipeline.transformer, HDiTModel):
             raise ValueError(
                 f"{path} has a {type(pipeline.transformer).__name__}; this is about the positions of HDiT."
             )
         config = pipeline.transformer.config
+        if config.position_size is not None:
+            raise ValueError(
+                f"{path} was trained with position_size={config.position_size}; give the model before that."
+            )
+        if len(set(pipeline.transformer.sample_size)) > 1:
+            raise ValueError(f"{path} was trained on images that are not square; --resolutions are of squares.")
         if config.num_classes or config.mapping_cond_dim or config.conditioning_channels:
             raise ValueError(f"{path} has classes or other conditions; this draws from models without.")
         for resolution in args.resolutions:
@@ -176,7 +194,7 @@ def open_images(folder: str | None, name: str, seed: int, resolution: int, args:
     cache = Path(args.output_dir) / "cache"
     if folder is None:
         folder = Path(args.output_dir) / "views" / f"{name}-{resolution}"
-        number = args.num_images if name == "real" else max(2000, args.num_images)
+        number = args.num_images if name != "train" else max(2000, args.num_images)
         command = ["--output_dir", folder, "--number", number, "--resolution", resolution, "--seed", seed]
         script = EXAMPLES / "make_panorama_views.py"
         subprocess.run(list(map(str, [sys.executable, script, *command])), check=True, stdout=subprocess.DEVNULL)
@@ -190,11 +208,13 @@ def finetuned(name: str, pipeline: HDiTPipeline, resolution: int, treatment: str
     given = {name: getattr(args, name) for name in ("train_batch_size", "learning_rate", "seed")}
     given["ema_decay"] = [args.ema_decay]
     about = {**given, "steps": args.finetune_steps, "from": str(source), "data": args.train_data_dir}
+    about["weights"] = weights_digest(pipeline.transformer)
     noted = folder / "finetuning.json"
     if folder.is_dir():
         if not noted.is_file() or json.loads(noted.read_text()) != about:
             raise ValueError(
-                f"{folder} was fine-tuned with other settings, or not to the end: delete it, or give another --output_dir."
+                f"{folder} was fine-tuned with other settings, or from other weights: delete it, or give another "
+                "--output_dir."
             )
         found = HDiTPipeline.from_pretrained(folder)
     else:
@@ -202,10 +222,20 @@ def finetuned(name: str, pipeline: HDiTPipeline, resolution: int, treatment: str
         settings = finetuning_args(source, pipeline.scheduler.config.sigma_data, **given)
         network = at_size(pipeline.transformer, resolution, treatment)
         found = HDiTPipeline(finetune(network, dataset, args.finetune_steps, settings), pipeline.scheduler)
-        found.save_pretrained(folder)
-        write_durably(noted, json.dumps(about))
+        partial = folder.with_name(f".partial-{folder.name}")
+        found.save_pretrained(partial)
+        write_durably(partial / noted.name, json.dumps(about))
+        os.replace(partial, folder)
     found.to(pipeline.device)
     return found
+
+
+def weights_digest(network: HDiTModel) -> str:
+    digest = hashlib.sha256()
+    for key, value in network.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -243,7 +273,7 @@ def write(results: list[dict], pictures: dict, args: argparse.Namespace) -> None
 
 def table(results: list[dict], args: argparse.Namespace) -> str:
     first = results[0]["metrics"][0]
-    text = ["| pixels | model | kernel distance | Fréchet distance | two sets of real ones |", "|---|---|---|---|---|"]
+    text = ["| pixels | model | kernel distance | Fréchet distance | other real ones |", "|---|---|---|---|---|"]
     for result in results:
         kernel, frechet = value(result, "kernel_distance"), value(result, "frechet_distance")
         text.append(
@@ -255,7 +285,8 @@ def table(results: list[dict], args: argparse.Namespace) -> str:
         f"{first['images']} images drawn with {args.num_inference_steps} steps against {first['real_images']} real ones of "
         f"the same size, features of {first['feature_network']} at {first['network_resolution']} pixels. ±: standard "
         "error from the choice of drawn images. Compare at one size only. Fréchet distances of few images are much too "
-        f"large; the last column is that of two disjoint sets of real ones, {results[0]['metrics'][1]['floor_images']} each.",
+        f"large; the last column is that of {results[0]['metrics'][1]['floor_images']} other real ones against the same "
+        "real ones.",
     ]
     return "\n".join(text) + "\n"
 
@@ -288,7 +319,7 @@ def draw_plot(results: list[dict], path: Path) -> None:
         )
         axes[1].plot(x, [value(r, "frechet_distance")["value"] for r in own], **style)
     floors = {r["resolution"]: value(r, "frechet_distance")["floor"] for r in results}
-    axes[1].plot(sizes, [floors[size] for size in sizes], color="grey", linestyle=":", label="two sets of real images")
+    axes[1].plot(sizes, [floors[size] for size in sizes], color="grey", linestyle=":", label="other real images")
     axes[1].legend(fontsize="small")
     for axis, name in zip(axes, ("kernel distance (± standard error)", "Fréchet distance"), strict=True):
         for size in {r["trained_at"] for r in results}:

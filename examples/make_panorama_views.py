@@ -121,6 +121,9 @@ def main(argv: list[str] | None = None) -> None:
     }
     prepare_folder(Path(args.output_dir), settings)
     make_views(panoramas, Path(args.output_dir), args.number, args.resolution, args.seed)
+    narrowest = min(Image.open(path).width for path in panoramas) * FIELD_OF_VIEW[0] / 360
+    if args.resolution > narrowest:
+        print(f"The panoramas have no more than {narrowest:.0f} pixels for the narrowest views: those are magnified.")
     print(f"Wrote {args.number} views of {len(panoramas)} places, {args.resolution}×{args.resolution} pixels.")
 
 
