@@ -73,8 +73,9 @@ def main(argv: list[str] | None = None) -> None:
             args.feature_network, args.network_resolution, args.resize_filter, args.feature_weights
         )
         pipeline = HDiTPipeline.from_pretrained(args.pipeline)
-        real = open_real(args, pipeline)
-    wanted, statistics = what_to_compute(args, extractor)
+        real = open_real(args, pipeline) if needs_real(args) else None
+    wanted, statistics = what_to_compute(args, extractor, pipeline)
+    check_files(args, pipeline, real)
     pipeline.to(state.device)
     config = pipeline.transformer.config
     conditions = evaluation.conditions_for(
@@ -98,18 +99,36 @@ def main(argv: list[str] | None = None) -> None:
     features, images = evaluation.features_of(drawing, extractor, bool(args.save_npz), progress)
     if not state.is_main_process:
         return
-    if args.save_npz:
-        metrics.save_adm_samples(args.save_npz, images)
-    if args.save_statistics:
-        metrics.save_adm_statistics(args.save_statistics, *metrics.mean_and_covariance(real_features))
-    if args.neighbors_picture:
-        save_neighbors_picture(args, drawing, real, features, real_features)
     results = metrics.evaluate(features, real_features, wanted, extractor, statistics)
     about = {"pipeline": Path(args.pipeline).name, **drawing.facts, "reference_statistics": args.reference_statistics}
     results = [{**result, **about} for result in results]
     if args.output:
         Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     report(results)
+    if args.save_npz:
+        metrics.save_adm_samples(args.save_npz, images)
+    if args.save_statistics:
+        metrics.save_adm_statistics(args.save_statistics, *metrics.mean_and_covariance(real_features))
+    if args.neighbors_picture:
+        save_neighbors_picture(args, drawing, real, features, real_features)
+
+
+def needs_real(args: argparse.Namespace) -> bool:
+    """Beside statistics, only for what images are drawn from."""
+    return not args.reference_statistics or bool(args.label_column or args.condition_columns)
+
+
+def check_files(args: argparse.Namespace, pipeline: HDiTPipeline, real) -> None:
+    """Whether what is to be written can be, before anything is drawn."""
+    channels = pipeline.transformer.config.in_channels
+    if args.save_npz and channels != 3:
+        raise ValueError(
+            f"--save_npz: ADM's evaluator takes RGB images, and this model draws {channels} channels: leave it out."
+        )
+    if args.neighbors_picture and args.neighbors > len(real):
+        raise ValueError(
+            f"--neighbors {args.neighbors} is more than the {len(real)} real images: give {len(real)} or less."
+        )
 
 
 def open_real(args: argparse.Namespace, pipeline: HDiTPipeline):
@@ -133,16 +152,24 @@ def open_real(args: argparse.Namespace, pipeline: HDiTPipeline):
     return real
 
 
-def what_to_compute(args: argparse.Namespace, extractor: metrics.FeatureExtractor):
+def what_to_compute(args: argparse.Namespace, extractor: metrics.FeatureExtractor, pipeline: HDiTPipeline):
     """Names of metrics, and the statistics to compare with or None."""
     if not args.reference_statistics:
         wanted = args.metrics or metrics.default_metrics(extractor)
-        metrics.check_metrics(wanted, extractor)
+        metrics.check_metrics(wanted, extractor, images=args.num_images)
         return wanted, None
     default = [name for name in metrics.default_metrics(extractor) if name in metrics.OF_STATISTICS]
     wanted = args.metrics or default or ["frechet_distance"]
     metrics.check_metrics(wanted, extractor, of_statistics=True)
-    return wanted, metrics.load_adm_statistics(args.reference_statistics)
+    mean, covariance = metrics.load_adm_statistics(args.reference_statistics)
+    width = extractor.width(pipeline.transformer.config.in_channels, pipeline.transformer.sample_size)
+    if (mean.shape, covariance.shape) != ((width,), (width, width)):
+        raise ValueError(
+            f"{args.reference_statistics!r} has mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)}, but "
+            f"{extractor.name} has {width} features: give the statistics of this network's features, or the network "
+            "that they are of as --feature_network."
+        )
+    return wanted, (mean, covariance)
 
 
 def save_neighbors_picture(args, drawing: evaluation.Drawing, real, features, real_features) -> None:
@@ -170,8 +197,9 @@ def report(results: list[dict]) -> None:
                 line += f" ± {result[deviation]:.2g}"
         if "floor" in result:
             line += (
-                f" (too large with few images: two sets of {result['floor_images']} {result['floor_of']} are "
-                f"{result['floor']:.6g} apart)"
+                f" (too large with few images: two sets of {result['floor_images']} {result['floor_of']} each are "
+                f"{result['floor']:.6g} apart; this is of {first['images']} images against {real}, so that is no lower "
+                "bound)"
             )
         elif "bias" in result:
             line += f" ({result['bias']})"

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import SMALL, randomize
 from diffusers import EDMDPMSolverMultistepScheduler
 from PIL import Image
@@ -143,12 +144,25 @@ def test_what_can_not_be_compared(measured_folder, faces):
     plain = load_images(train_data_dir=measured_folder, resolution=16)
     warm = load_images(train_data_dir=measured_folder, resolution=16, condition_columns=["warmth"])
     for config, real, id2label, columns, message in (
-        (model(), faces, {}, None, "trained without classes"),
-        (model(num_classes=13), faces, {0: "other"}, None, "are not those of the model"),
-        (model(), warm, {}, None, "trained without conditions"),
-        (model(mapping_cond_dim=2), plain, {}, None, "of a caller, without names"),
+        (model(), faces, {}, None, "trained without classes: leave it out"),
+        (
+            model(num_classes=13),
+            faces,
+            {0: "other"},
+            None,
+            "are not those of the model.*: give the images .* or leave --label_column out",
+        ),
+        (model(), warm, {}, None, "trained without conditions: leave them out"),
+        (
+            model(mapping_cond_dim=2),
+            plain,
+            {},
+            None,
+            "of a caller, without names.* Save the pipeline with condition_columns",
+        ),
         (model(mapping_cond_dim=2), warm, {}, {"names": ["cold"]}, r"real images have \['warmth'\]"),
         (model(mapping_cond_dim=2, num_classes=2), warm, {}, warm.condition_columns, "give --label_column too"),
+        (model(mapping_cond_dim=2), None, {}, {"names": ["cold"]}, "none were given.*columns in --condition_columns"),
         (model(conditioning_channels=4), plain, {}, None, "upscales"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -176,6 +190,26 @@ def test_classes_in_turn_or_in_proportion(faces):
     labels = evaluation.conditions_for(config, faces, 40, faces.id2label, None)["class_labels"]
     counts, real = np.bincount(labels, minlength=13) / 40, np.bincount(faces.labels, minlength=13) / 124
     assert abs(counts - real).max() < 0.06
+    nothing = evaluation.conditions_for(config, None, 40, faces.id2label, None)
+    assert nothing["class_labels"].tolist() == in_turn.tolist()
+
+
+class Elsewhere:
+    """Images that say where they are brought to: there is no second device here."""
+
+    def __init__(self):
+        self.seen = []
+
+    def to(self, device):
+        self.seen.append(device)
+        return torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+
+
+def test_drawn_images_are_brought_to_the_networks_device():
+    images = Elsewhere()
+    drawing = SimpleNamespace(images=lambda numbers: images, num_images=2, batch_size=2)
+    features, kept = evaluation.features_of(drawing, metrics.FeatureExtractor(Pixels(), "pixels"), keep_images=True)
+    assert images.seen == [PartialState().device] and features.shape == (2, 48) and kept.shape == (2, 3, 8, 8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

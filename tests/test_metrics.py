@@ -1,8 +1,9 @@
-"""Distances between sets of features against sums written out, closed forms, and torchmetrics where it is installed."""
+"""Distances between sets of features against sums written out, closed forms, and golden values of torchmetrics."""
 
 import importlib.util
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,6 +90,10 @@ def test_few_images_make_the_frechet_distance_too_large_and_the_floor_says_so():
         *metrics.mean_and_covariance(features(50, seed=3)), *metrics.mean_and_covariance(features(50, seed=4))
     )
     assert 0.5 < perfect / values[0] < 2
+    small, larger = features(100), (features(100, seed=5), features(100, seed=6))
+    floor, _ = metrics.frechet_floor(small, 100)
+    perfect = metrics.frechet_distance(*(part for z in larger for part in metrics.mean_and_covariance(z)))
+    assert perfect < floor, "so it is no lower bound"
 
 
 @pytest.mark.parametrize("block", [1024, 5])
@@ -131,6 +136,28 @@ def test_cmmd_against_the_double_sum(block, monkeypatch):
     assert abs(metrics.cmmd(x, x)) < 1e-9
 
 
+def test_bias_of_cmmd_is_that_of_the_pairs_of_an_image_with_itself():
+    def embeddings(n, seed):
+        return nn.functional.normalize(features(n, seed=seed, shift=0.5), dim=1)
+
+    x, y = embeddings(17, 1), embeddings(23, 2)
+
+    def mean_of_pairs(z):
+        pairs = [(p, q) for i, p in enumerate(z.double()) for j, q in enumerate(z.double()) if i != j]
+        return sum(math.exp(-(p - q).square().sum().item() / 200) for p, q in pairs) / len(pairs)
+
+    across = torch.exp(torch.cdist(x.double(), y.double()).square() / -200).mean().item()
+    unbiased = 1000 * (mean_of_pairs(x) + mean_of_pairs(y) - 2 * across)
+    value, bias = metrics.cmmd_and_bias(x, y)
+    assert value == metrics.cmmd(x, y) and value - bias == pytest.approx(unbiased, abs=1e-7)
+    cosine = (x @ x.T).sum().item() / 17 / 16 - 1 / 16
+    assert metrics.cmmd_and_bias(x, x)[1] == pytest.approx(10 * (1 - cosine) * 2 / 17, rel=0.02)
+    many = [metrics.cmmd_and_bias(embeddings(20, 2 * i), embeddings(30, 2 * i + 1)) for i in range(200)]
+    assert np.mean([value for value, _ in many]) == pytest.approx(np.mean([bias for _, bias in many]), rel=0.05)
+    result = metrics.cmmd_with_bias(x, y, None)
+    assert result == {"value": value, "bias": f"too large by {bias:.3g} with these numbers of images"}
+
+
 def test_inception_score_in_closed_form():
     """Images that are surely of one of four classes score 4; images that all look alike score 1."""
     sure = 100 * nn.functional.one_hot(torch.arange(400) % 4, 7).double()
@@ -164,24 +191,16 @@ def test_sets_that_do_not_fit():
         metrics.mean_and_covariance(features(1))
 
 
-def test_torchmetrics_agrees():
-    reason = "torchmetrics is not installed, or torch-fidelity without torchvision (pip install torchmetrics)"
-    torchmetrics = pytest.importorskip("torchmetrics", reason=reason)
-    pytest.importorskip("torchmetrics.image.fid", reason=reason, exc_type=ImportError)
-    from torchmetrics.image.fid import _compute_fid
-    from torchmetrics.image.inception import InceptionScore
-    from torchmetrics.image.kid import poly_mmd
-
-    assert torchmetrics.__version__
+def test_what_torchmetrics_gives():
+    """
+    Golden values of torchmetrics 1.9.0 (torch 2.13.0) for these features in float64: `poly_mmd(y, x)` of image.kid,
+    `_compute_fid` of image.fid, and `InceptionScore(feature=nn.Identity(), splits=10)` after `torch.manual_seed(7)`.
+    """
     x, y = features(300, dim=40), features(300, dim=40, seed=1, shift=0.1)
-    theirs = poly_mmd(y.double(), x.double()).item()
-    assert metrics.kernel_distance(x, y) == pytest.approx(theirs, rel=1e-4)
+    assert metrics.kernel_distance(x, y) == pytest.approx(0.09243924330101061, rel=1e-4)
     statistics = (*metrics.mean_and_covariance(x), *metrics.mean_and_covariance(y))
-    assert metrics.frechet_distance(*statistics) == pytest.approx(_compute_fid(*statistics).item(), rel=1e-4)
-    score = InceptionScore(feature=nn.Identity(), splits=10)
-    score.update(x)
-    torch.manual_seed(7)  # its order of the images is the global generator's
-    assert metrics.inception_score(x, seed=7)[0] == pytest.approx(score.compute()[0].item(), rel=1e-4)
+    assert metrics.frechet_distance(*statistics) == pytest.approx(5.445754463450129, rel=1e-4)
+    assert metrics.inception_score(x, seed=7)[0] == pytest.approx(2.234197051116931, rel=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -307,6 +326,7 @@ def test_results_say_what_they_are_of():
     by_name = {result["name"]: result for result in results}
     assert by_name["frechet_distance"]["floor_images"] == 40 and by_name["frechet_distance"]["floor"] > 0
     assert by_name["kernel_distance"]["standard_error"] > 0
+    assert all("should be equal" in by_name[name]["bias"] for name in ("precision", "recall"))
     TrainingFacts(metrics=results)
     with pytest.raises(ValueError, match="got lpips"):
         metrics.evaluate(features(9), features(9), ["lpips"], extractor)
@@ -364,7 +384,9 @@ def test_the_script(script, pipeline, tmp_path, capsys):
         script.main([str(word) for word in arguments + more])
     output = capsys.readouterr().out
     assert "10 images against 124 real ones, features of test_metrics:make_pixels" in output
-    assert "too large with few images: two sets of 10 real images are" in output
+    assert "too large with few images: two sets of 10 real images each are" in output
+    assert "this is of 10 images against 124 real ones, so that is no lower bound" in output
+    assert "recall: " in output and "numbers of images, which should be equal" in output
     results = [json.loads(path.read_text()) for path, _ in files.values()]
     assert [result["name"] for result in results[0]] == names
     first = results[0][0]
@@ -393,3 +415,70 @@ def test_what_the_script_refuses(script, pipeline, tmp_path, capsys):
         script.main([*arguments, *more, "--save_statistics", str(statistics)])
     with pytest.raises(SystemExit):
         script.main([*arguments, "--num_images", "1"])
+
+
+def test_inception_score_of_too_few_images_is_refused_beforehand(monkeypatch):
+    extractor = metrics.FeatureExtractor(Pixels(), "pixels")
+    monkeypatch.setitem(metrics.OF_NETWORK, "inception_score", Pixels)
+    metrics.check_metrics(["inception_score"], extractor, images=10)
+    with pytest.raises(ValueError, match="at least 10 drawn images, one for each of its parts, got 9: draw more"):
+        metrics.check_metrics(["inception_score"], extractor, images=9)
+    with pytest.raises(ValueError, match="at least 10 drawn images"):
+        args = SimpleNamespace(metrics=["inception_score"], metrics_images=9)
+        evaluation.MetricsOnTheWay(args, extractor, Images(torch.zeros(4, 3, 8, 8, dtype=torch.uint8)))
+
+
+@pytest.fixture
+def nothing_is_drawn(monkeypatch):
+    def images(self, numbers):
+        raise AssertionError("drawn before it was refused")
+
+    monkeypatch.setattr(evaluation.Drawing, "images", images)
+
+
+def test_what_the_script_refuses_before_it_draws(script, pipeline, tmp_path, make_model, nothing_is_drawn):
+    network = ["--feature_network", "test_metrics:make_pixels", "--cache_dir", str(tmp_path)]
+    arguments = ["--pipeline", str(pipeline), "--train_data_dir", str(SHEET), *network]
+    with pytest.raises(ValueError, match="--neighbors 125 is more than the 124 real images: give 124 or less"):
+        script.main([*arguments, "--neighbors_picture", str(tmp_path / "a.png"), "--neighbors", "125"])
+    narrow = tmp_path / "narrow.npz"
+    metrics.save_adm_statistics(narrow, *metrics.mean_and_covariance(features(40, dim=5)))
+    with pytest.raises(ValueError, match=r"mu \(5,\) and sigma \(5, 5\), but .*make_pixels has 48 features: give"):
+        script.main([*arguments, "--reference_statistics", str(narrow)])
+    for channels in (1, 4):
+        folder = tmp_path / f"{channels}"
+        model = make_model(sample_size=16, widths=(32, 32), depths=(1, 1), in_channels=channels)
+        HDiTPipeline(model, EDMDPMSolverMultistepScheduler()).save_pretrained(folder)
+        arguments[1] = str(folder)
+        with pytest.raises(ValueError, match=f"--save_npz: .* draws {channels} channels: leave it out"):
+            script.main([*arguments, "--save_npz", str(tmp_path / "samples.npz")])
+
+
+def test_statistics_do_without_real_images(script, pipeline, tmp_path):
+    statistics, output = tmp_path / "statistics.npz", tmp_path / "results.json"
+    metrics.save_adm_statistics(statistics, *metrics.mean_and_covariance(features(60, dim=48)))
+    arguments = [
+        "--pipeline", pipeline, "--reference_statistics", statistics, "--feature_network", "test_metrics:make_pixels",
+        "--num_images", 4, "--num_inference_steps", 1, "--output", output,
+    ]  # fmt: skip
+    script.main([str(word) for word in arguments])
+    (result,) = json.loads(output.read_text())
+    assert result["name"] == "frechet_distance" and result["real_images"] is None
+    assert result["conditions"] == ["class_labels"]
+    with pytest.raises(ValueError, match="either train_data_dir or dataset_name"):
+        script.main([str(word) for word in [*arguments, "--label_column", "label"]])
+
+
+def test_results_are_written_before_the_pictures(script, pipeline, tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(metrics, "save_adm_samples", full_disk)
+    output = tmp_path / "results.json"
+    with pytest.raises(OSError, match="no space"):
+        script.main([
+            "--pipeline", str(pipeline), "--train_data_dir", str(SHEET), "--feature_network", "test_metrics:make_pixels",
+            "--num_images", "4", "--num_inference_steps", "1", "--cache_dir", str(tmp_path), "--output", str(output),
+            "--save_npz", str(tmp_path / "samples.npz"),
+        ])  # fmt: skip
+    assert len(json.loads(output.read_text())) == 5

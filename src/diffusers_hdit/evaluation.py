@@ -66,20 +66,23 @@ def from_main(function: Callable[[], object]):
 def check_real(real) -> None:
     """
     Raises:
-        ValueError: for a stream, several sizes, or images that are not of 8 bits and 1, 3 or 4 channels.
+        ValueError: for a stream, several sizes, fewer than 4 images, or images that are not of 8 bits and 1, 3 or 4
+            channels.
     """
     if not real.has_length:
         raise ValueError("real images are read more than once, which a stream does not allow: give a set on disk.")
     if len(real.sizes) > 1:
         raise ValueError(
-            "the real images are brought to several sizes (buckets); drawn ones are compared at one size."
+            "the real images are brought to several sizes (buckets); drawn ones are compared at one size: open them "
+            "without buckets."
         )
     if real.dtype != "uint8" or real.in_channels not in (1, 3, 4):
         raise ValueError(
-            f"feature networks see 8-bit images of 1, 3 or 4 channels; these are {real.dtype} of {real.in_channels}."
+            f"feature networks see 8-bit images of 1, 3 or 4 channels; these are {real.dtype} of {real.in_channels}: "
+            "convert them to grey, RGB or RGBA files of 8 bits."
         )
     if len(real) < 4:
-        raise ValueError(f"at least 4 real images are needed, got {len(real)}.")
+        raise ValueError(f"at least 4 real images are needed, got {len(real)}: give more of them.")
 
 
 def real_images(real, numbers) -> Tensor:
@@ -122,6 +125,7 @@ def conditions_for(config, real, num_images: int, id2label: dict, condition_colu
 
     Args:
         config: of the network.
+        real: the real images; None if nothing is taken from them, as real images without labels and conditions.
         id2label, condition_columns: of the model, as `HDiTPipeline` has them.
 
     Raises:
@@ -129,36 +133,46 @@ def conditions_for(config, real, num_images: int, id2label: dict, condition_colu
             a model trained on conditions when they have none.
     """
     if config.conditioning_channels:
-        raise ValueError("this model upscales images; what is evaluated here are models that draw from noise.")
-    places = [i * len(real) // num_images for i in range(num_images)]
+        raise ValueError(
+            "this model upscales images; what is evaluated here are models that draw from noise: give one that does."
+        )
+    labels = None if real is None else real.labels
+    measured = None if real is None else real.conditions
+    places = [] if real is None else [i * len(real) // num_images for i in range(num_images)]
     conditions = {}
-    if config.num_classes is None and real.labels is not None:
-        raise ValueError("--label_column was given, but this model was trained without classes.")
-    if real.labels is not None:
+    if config.num_classes is None and labels is not None:
+        raise ValueError("--label_column was given, but this model was trained without classes: leave it out.")
+    if labels is not None:
         if dict(real.id2label) != dict(id2label):
             raise ValueError(
                 f"the classes of the real images, {list(real.id2label.values())}, are not those of the model, "
-                f"{list(id2label.values())}."
+                f"{list(id2label.values())}: give the images that it was trained on and the same --label_column, or "
+                "leave --label_column out, and the model's classes are drawn in turn."
             )
-        conditions["class_labels"] = torch.tensor([int(real.labels[place]) for place in places])
+        conditions["class_labels"] = torch.tensor([int(labels[place]) for place in places])
     elif config.num_classes is not None:
         if config.mapping_cond_dim:
             raise ValueError("this model has classes and conditions, which belong together: give --label_column too.")
         conditions["class_labels"] = torch.arange(num_images) % config.num_classes
     if not config.mapping_cond_dim:
-        if real.conditions is not None:
-            raise ValueError("--condition_columns were given, but this model was trained without conditions.")
+        if measured is not None:
+            raise ValueError(
+                "--condition_columns were given, but this model was trained without conditions: leave them out."
+            )
         return conditions
     trained = (condition_columns or {}).get("names")
-    if real.conditions is None or real.condition_columns["names"] != trained:
-        given = (
-            "none were given" if real.conditions is None else f"the real images have {real.condition_columns['names']}"
+    if measured is None or real.condition_columns["names"] != trained:
+        given = "none were given" if measured is None else f"the real images have {real.condition_columns['names']}"
+        remedy = (
+            "Give these columns in --condition_columns."
+            if trained
+            else "Save the pipeline with condition_columns (names, mean, std), and give them in --condition_columns."
         )
         raise ValueError(
             f"this model was trained on the conditions {trained or 'of a caller, without names'}, and {given}: images "
-            "drawn from others could not be compared with the real ones. Give these columns in --condition_columns."
+            f"drawn from others could not be compared with the real ones. {remedy}"
         )
-    values = torch.stack([torch.as_tensor(real.conditions[place]) for place in places])
+    values = torch.stack([torch.as_tensor(measured[place]) for place in places])
     # Where the training dropped conditions, a last entry of 1 says that there is one.
     conditions["mapping_cond"] = F.pad(values, (0, config.mapping_cond_dim - values.shape[1]), value=1.0)
     return conditions
@@ -234,7 +248,7 @@ def features_of(
     extractor.network.to(state.device)
 
     def compute(numbers):
-        images = drawing.images(numbers)
+        images = drawing.images(numbers).to(state.device)  # the pipeline may be elsewhere
         return (extractor(images), images) if keep_images else (extractor(images),)
 
     features, kept = [], []
@@ -267,7 +281,7 @@ class MetricsOnTheWay:
 
     def __post_init__(self):
         self.names = self.args.metrics or metrics.default_metrics(self.extractor)
-        metrics.check_metrics(self.names, self.extractor)
+        metrics.check_metrics(self.names, self.extractor, images=self.args.metrics_images)
         check_real(self.real)
 
     def is_due(self, step: int, total_steps: int) -> bool:

@@ -88,6 +88,11 @@ class FeatureExtractor:
             raise ValueError(f"the network {self.name} returns {tuple(features.shape)}: need (B, D) or (B, D, h, w).")
         return features.float()
 
+    def width(self, channels: int, size: tuple[int, int]) -> int:
+        """D of the features of such images, found with a black one: a network that can't take them fails here."""
+        device = next((value.device for value in self.network.state_dict().values()), None)
+        return self(torch.zeros(1, channels, *size, dtype=torch.uint8, device=device)).shape[1]
+
     def features(self, batches: Iterable[Tensor], device: torch.device | str = "cpu") -> Tensor:
         """Features `(N, D)`, on the CPU, of batches of uint8 images."""
         self.network.to(device)

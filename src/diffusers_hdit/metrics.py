@@ -18,7 +18,7 @@ from .feature_networks import ClipImages, FeatureExtractor, InceptionV3, load_ex
 
 
 __all__ = [
-    "METRICS", "FeatureExtractor", "cmmd", "default_metrics", "evaluate", "frechet_distance",
+    "METRICS", "FeatureExtractor", "cmmd", "cmmd_and_bias", "default_metrics", "evaluate", "frechet_distance",
     "frechet_floor", "inception_score", "kernel_distance", "kernel_distance_and_error", "load_adm_statistics",
     "load_extractor", "mean_and_covariance", "nearest_neighbors", "near_copies", "precision_recall", "save_adm_samples",
     "save_adm_statistics", "share_of_near_copies",
@@ -84,8 +84,19 @@ def cmmd(x: Tensor, y: Tensor) -> float:
     Raises:
         ValueError: for sets of different dimension.
     """
+    return cmmd_and_bias(x, y)[0]
+
+
+def cmmd_and_bias(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """
+    `cmmd`, and by how much it is too large because each image is paired with itself too: without these pairs it is the
+    difference. That is 1000 (1 - the mean kernel of two images of a set) / (their number), summed over both sets; for
+    embeddings of length 1 about 10 (1 - their mean cosine) / (their number).
+    """
     x, y = checked(x, y, at_least=2)
-    return CMMD_SCALE * (mean_gaussian(x, x) + mean_gaussian(y, y) - 2 * mean_gaussian(x, y))
+    within_x, within_y = mean_gaussian(x, x), mean_gaussian(y, y)
+    bias = (1 - within_x) / (len(x) - 1) + (1 - within_y) / (len(y) - 1)
+    return CMMD_SCALE * (within_x + within_y - 2 * mean_gaussian(x, y)), CMMD_SCALE * bias
 
 
 def mean_gaussian(x: Tensor, y: Tensor) -> float:
@@ -93,7 +104,10 @@ def mean_gaussian(x: Tensor, y: Tensor) -> float:
     return torch.stack(sums).sum().item() / (len(x) * len(y))
 
 
-def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[float, float]:
+SPLITS = 10  # of the Inception score
+
+
+def inception_score(logits: Tensor, splits: int = SPLITS, seed: int = 0) -> tuple[float, float]:
     """
     Mean and standard deviation, over `splits` parts of the images in random order, of the exponential of the mean KL
     divergence of an image's class distribution from the part's: Salimans et al. 2016, arXiv 1606.03498, section 4. It
@@ -129,7 +143,7 @@ def frechet_distance(mean_x: Tensor, covariance_x: Tensor, mean_y: Tensor, covar
     equation 6. The trace of the root is the sum of the roots of the eigenvalues of C_x^(1/2) C_y C_x^(1/2), which is
     symmetric, so that singular covariances (fewer images than features) need no correction.
 
-    With few images it is too large, by about as much as `frechet_floor` says: compare only at equal numbers of images.
+    With few images it is too large (`frechet_floor` shows the scale): compare only at equal numbers of images.
 
     Raises:
         ValueError: for statistics of different dimension.
@@ -149,7 +163,8 @@ def frechet_distance(mean_x: Tensor, covariance_x: Tensor, mean_y: Tensor, covar
 def frechet_floor(reference: Tensor, images: int, seed: int = 0) -> tuple[float, int]:
     """
     The Fréchet distance between two disjoint random sets of `m` real images, and m: the most that fit, up to `images`.
-    It would be zero without the bias of small sets; a model's own distance can't be told from a perfect one's below it.
+    It would be zero without the bias of small sets. It is no lower bound for a model, whose distance is of other numbers
+    of images: a perfect one of larger sets lies below it.
     """
     m = min(images, len(reference) // 2)
     order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed)).to(reference.device)
@@ -271,11 +286,13 @@ def default_metrics(extractor: FeatureExtractor) -> list[str]:
     return ["kernel_distance", "frechet_distance", *always]
 
 
-def check_metrics(metrics: Sequence[str], extractor: FeatureExtractor, of_statistics: bool = False) -> None:
+def check_metrics(
+    metrics: Sequence[str], extractor: FeatureExtractor, of_statistics: bool = False, images: int | None = None
+) -> None:
     """
     Raises:
-        ValueError: for an unknown metric, one that has its name from another network's features, or with `of_statistics`
-            one that needs the real images.
+        ValueError: for an unknown metric, one that has its name from another network's features, with `of_statistics`
+            one that needs the real images, or one that needs more than `images` generated images.
     """
     unknown = [name for name in metrics if name not in METRICS]
     if unknown or not metrics:
@@ -289,6 +306,11 @@ def check_metrics(metrics: Sequence[str], extractor: FeatureExtractor, of_statis
             )
         if of_statistics and name not in OF_STATISTICS:
             raise ValueError(f"{name} needs the real images; of their statistics alone: {', '.join(OF_STATISTICS)}.")
+        if name == "inception_score" and images is not None and images < SPLITS:
+            raise ValueError(
+                f"inception_score needs at least {SPLITS} drawn images, one for each of its parts, got {images}: draw "
+                "more, or choose other metrics."
+            )
 
 
 def evaluate(
@@ -302,8 +324,8 @@ def evaluate(
     The metrics of generated against real features, each as a dict with `name`, `value` and what the value means nothing
     without: `feature_network`, `feature_weights` (a hash of them), `images`, `real_images`, `network_resolution`,
     `resize_filter`. It fits `model_card.TrainingFacts.metrics`. Kernel distances have a `standard_error`; what is too
-    large or too low with few images says so in `bias`, and Fréchet distances have their `floor`: what two disjoint sets
-    of `floor_images` real images (without these: generated ones) are apart.
+    large or too low with few images, or depends on their number, says so in `bias`, and Fréchet distances have their
+    `floor`: what two disjoint sets of `floor_images` real images each (without these: generated ones) are apart.
 
     Args:
         real: features, or None with `statistics`.
@@ -327,8 +349,7 @@ def evaluate(
     computed: dict[str, dict] = {}
     for name in metrics:
         if name in ("precision", "recall") and name not in computed:
-            both = precision_recall(generated, real)
-            computed |= {key: {"value": value} for key, value in zip(("precision", "recall"), both, strict=True)}
+            computed |= precision_and_recall_with_bias(generated, real)
         elif name in ("fid", "frechet_distance"):
             computed[name] = frechet_with_floor(generated, real, statistics)
         elif name not in computed:
@@ -349,6 +370,12 @@ def frechet_with_floor(generated: Tensor, real: Tensor | None, statistics: tuple
     return found
 
 
+def precision_and_recall_with_bias(generated: Tensor, real: Tensor) -> dict[str, dict]:
+    bias = "depends on the numbers of images, which should be equal; comparable at the same numbers only"
+    both = precision_recall(generated, real)
+    return {name: {"value": value, "bias": bias} for name, value in zip(("precision", "recall"), both, strict=True)}
+
+
 def kernel_with_error(generated: Tensor, real: Tensor, extractor: FeatureExtractor) -> dict:
     return dict(zip(("value", "standard_error"), kernel_distance_and_error(generated, real), strict=True))
 
@@ -356,11 +383,12 @@ def kernel_with_error(generated: Tensor, real: Tensor, extractor: FeatureExtract
 def inception_score_with_deviation(generated: Tensor, real: Tensor, extractor: FeatureExtractor) -> dict:
     value, deviation = inception_score(extractor.network.logits(generated))
     bias = "too low with few images; comparable at equal numbers of images only"
-    return {"value": value, "standard_deviation": deviation, "splits": 10, "bias": bias}
+    return {"value": value, "standard_deviation": deviation, "splits": SPLITS, "bias": bias}
 
 
 def cmmd_with_bias(generated: Tensor, real: Tensor, extractor: FeatureExtractor) -> dict:
-    return {"value": cmmd(generated, real), "bias": "too large with few images, by about 1 / (their number)"}
+    value, bias = cmmd_and_bias(generated, real)
+    return {"value": value, "bias": f"too large by {bias:.3g} with these numbers of images"}
 
 
 COMPUTED: dict[str, Callable[[Tensor, Tensor, FeatureExtractor], dict]] = {
