@@ -214,6 +214,16 @@ def faces(indices, numbers):
 # Parts
 
 
+def test_additive_positions_do_not_decay(make_model):
+    model = make_model(position_embedding="additive")
+    (group,) = [
+        g
+        for g in training.parameter_groups(model, 1.0, 0.5, 0.25)
+        if any(p is model.patch_in.positions for p in g["params"])
+    ]
+    assert group["weight_decay"] == 0
+
+
 def test_parameter_groups(make_model):
     """Every parameter once; the rule of the paper for some of each kind."""
     model = make_model(num_classes=3, mapping_cond_dim=2)

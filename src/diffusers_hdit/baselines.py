@@ -138,7 +138,8 @@ class PixelBaseline(CarriesCode, SafeWeights, ModelMixin, ConfigMixin):
 
     def set_gradient_checkpointing_levels(self, levels: Sequence[int]) -> None:
         """
-        A baseline has one level, 0: its blocks are all recomputed in the backward pass, or (an empty list) none.
+        A baseline has one level, 0: what of its blocks Diffusers recomputes in the backward pass (the DiT's blocks; the
+        U-Net's residual layers) is recomputed, or (an empty list) nothing.
 
         Raises:
             ValueError: for another level.

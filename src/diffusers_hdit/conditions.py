@@ -23,7 +23,9 @@ def check_class_labels(class_labels: Tensor | None, batch: int, num_classes: int
 
 
 def check_vector(name: str, value: Tensor | None, batch: int, dim: int) -> None:
-    """Raises ValueError unless the condition `name` is None, or of shape `(batch, dim)`."""
+    """Raises ValueError unless the condition `name` is None, or of shape `(batch, dim)` for a `dim` over 0."""
+    if value is not None and not dim:
+        raise ValueError(f"{name} was given, but this model has {name}_dim=0. Leave it out.")
     if value is not None and tuple(value.shape) != (batch, dim):
         raise ValueError(
             f"{name} must have shape ({batch}, {dim}) for this model with {name}_dim={dim}, got {tuple(value.shape)}."

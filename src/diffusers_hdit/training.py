@@ -28,6 +28,7 @@ from .data import mixed_seed, to_float
 from .hub import BackgroundPush
 from .model_card import TrainingFacts
 from .modeling_hdit import HDiTModel
+from .networks import NETWORKS
 from .pipeline_hdit import HDiTPipeline
 from .pipeline_hdit_upscale import HDiTUpscalePipeline
 from .profile import profile_network
@@ -54,7 +55,8 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         mapping = has_mapping and (".mapping." in name or re.search(r"\.norm[12]\.linear\.", name) is not None)
         embedding = name.startswith("conditioning.") and not mapping
-        decays = parameter.ndim in (2, 4) and not embedding
+        # Four axes: convolutions of baselines, but HDiT's additive positions.
+        decays = (parameter.ndim == 2 or (parameter.ndim == 4 and not has_mapping)) and not embedding
         groups.setdefault((mapping, decays), []).append(parameter)
     return [
         {
@@ -364,7 +366,8 @@ def plan(run, checkpoint: Path | None) -> str:
     )
     start = f"from {checkpoint}: step {run.step}" if checkpoint else "from the beginning"
     lines = [
-        f"network     {type(network).__name__}: {profile.parameters / 1e6:.1f}M parameters, {profile.macs / 1e9:.1f} GMAC an image",
+        f"network     {NETWORKS[args.model_type].__name__}: "
+        f"{profile.parameters / 1e6:.1f}M parameters, {profile.macs / 1e9:.1f} GMAC an image",
         f"data        {images} at {height}×{width}"
         + (f", {classes} classes" if classes else "")
         + (f", conditions {', '.join(conditions)}" if conditions else ""),
