@@ -27,6 +27,7 @@ from diffusers_hdit import HDiTModel, HDiTPipeline, evaluation, metrics
 from diffusers_hdit.checkpoints import write_durably
 from diffusers_hdit.data import load_images
 from diffusers_hdit.extrapolation import at_size, finetune, finetuning_args, set_treatment, treatments_of
+from diffusers_hdit.study_report import check_matplotlib
 
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -180,13 +181,6 @@ def load_pipelines(args: argparse.Namespace) -> dict[str, HDiTPipeline]:
             pipeline.transformer.check_size(resolution, resolution)
         pipelines[name] = pipeline
     return pipelines
-
-
-def check_matplotlib() -> None:
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ImportError('this needs matplotlib: pip install "diffusers-hdit[train]"') from error
 
 
 def open_images(folder: str | None, name: str, seed: int, resolution: int, args: argparse.Namespace):

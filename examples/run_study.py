@@ -8,6 +8,7 @@ Without --train_data_dir the images are views of the panoramas that come with th
 """
 
 import argparse
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 
 from diffusers_hdit import study_report
+from diffusers_hdit.checkpoints import write_durably
 from diffusers_hdit.data import load_images
 from diffusers_hdit.studies import Study, check_features, read_study
 from diffusers_hdit.study_runs import Run, carry_out, reference_features
@@ -34,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     studies = [read_study(path, data_identity(args), args.seeds) for path in study_paths(args.study)]
     for study in studies:
         check_features(study.evaluation)
-    check_matplotlib()
+    study_report.check_matplotlib()
     check_alike(studies, args)
     runs = list_runs(studies, args)
     print(plan(studies, runs))
@@ -47,7 +49,9 @@ def main(argv: list[str] | None = None) -> None:
             failed = train_all(runs, args.processes, args.max_minutes)
     finally:
         for study in studies:
-            for path in study_report.write(study, results_of(study, runs), Path(args.output_dir)):
+            for path in study_report.write(
+                study, results_of(study, runs), Path(args.output_dir), {(run.row.identity, run.seed) for run in failed}
+            ):
                 print(f"Wrote {path}")
     if failed:
         raise RuntimeError(
@@ -103,13 +107,6 @@ def data_identity(args: argparse.Namespace) -> str:
         return ""
     folders = [Path(args.train_data_dir).resolve(), Path(args.held_out_dir).resolve()]
     return repr([(str(f), sorted((p.name, p.stat().st_size) for p in f.rglob("*") if p.is_file())) for f in folders])
-
-
-def check_matplotlib() -> None:
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ImportError('this needs matplotlib: pip install "diffusers-hdit[train]"') from error
 
 
 def check_alike(studies: list[Study], args: argparse.Namespace) -> None:
@@ -171,13 +168,15 @@ def prepare_data(study: Study, args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     folders = {"train": ("views", 0), "held_out": ("held_out_views", HELD_OUT_SEED)}
     for name, (number, seed) in folders.items() if args.train_data_dir is None else ():
+        settings = {"number": study.data[number], "resolution": study.data["resolution"], "seed": seed}
         done = output_dir / "data" / f"{name}-complete"
         if done.is_file():
+            check_views(done, output_dir / "data" / name, settings)
             continue
         command = [sys.executable, EXAMPLES / "make_panorama_views.py", "--output_dir", output_dir / "data" / name]
-        command += ["--number", study.data[number], "--resolution", study.data["resolution"], "--seed", seed]
+        command += [part for key, value in settings.items() for part in (f"--{key}", value)]
         subprocess.run(list(map(str, command)), check=True)
-        done.touch()
+        write_durably(done, json.dumps(settings))
     torch.set_num_threads(args.threads)
     for folder in (
         args.train_data_dir or output_dir / "data" / "train",
@@ -186,6 +185,18 @@ def prepare_data(study: Study, args: argparse.Namespace) -> None:
         size = study.rows[0].training["model"]["sample_size"]
         images = load_images(train_data_dir=folder, resolution=size, center_crop=True, cache_dir=output_dir / "cache")
     reference_features(check_features(study.evaluation), images, output_dir / "cache")
+
+
+def check_views(done: Path, folder: Path, settings: dict) -> None:
+    """
+    Raises:
+        ValueError: for a folder with views of other settings.
+    """
+    text = done.read_text()
+    # Earlier versions wrote nothing into the file.
+    found = json.loads(text) if text.strip() else {**settings, "number": len(list(folder.glob("*.png")))}
+    if found != settings:
+        raise ValueError(f"{folder} has views of other settings, {found}, not {settings}: give another --output_dir.")
 
 
 def train_all(runs: list[Run], processes: int, max_minutes: float | None = None) -> list[Run]:

@@ -99,7 +99,15 @@ def test_a_failed_run_is_told_and_the_others_are_in_the_table(feature_folder):
     process = start(RUN_STUDY, path, "--output_dir", feature_folder / "out", "--threads", 1)
     output, _ = process.communicate()
     assert process.returncode == 1 and "1 runs failed" in output and "lerp, seed 0\n" in output
-    assert "Not finished: 1 of 2 runs" in (feature_folder / "out" / "skips.md").read_text()
+    text = (feature_folder / "out" / "skips.md").read_text()
+    assert "Not finished: 1 of 2 runs" in text and "Failed: add seed 0." in text
+    (result,) = (feature_folder / "out" / "runs").glob("*/result-*.json")
+    assert json.loads(result.read_text())["drawing"]["steps"] == 3
+
+    other = write_study(feature_folder, seeds=[0], base={**BASE, "data": {**BASE["data"], "views": 41}})
+    process = start(RUN_STUDY, other, "--output_dir", feature_folder / "out", "--threads", 1)
+    output, _ = process.communicate()
+    assert process.returncode == 1 and "has views of other settings" in output
 
 
 @pytest.mark.parametrize(
@@ -110,6 +118,13 @@ def test_a_failed_run_is_told_and_the_others_are_in_the_table(feature_folder):
         ({"bad": {"loss_weighting": "none"}}, {}, "row 'bad'.*loss_weighting must be one of"),
         ({"bad": {"lr": 1}}, {}, "row 'bad'.*unknown keys: lr"),
         ({"bad": {"seed": 1}}, {}, "row 'bad': seed can't be set"),
+        ({"bad": {"gradient_accumulation_steps": 2}}, {}, "row 'bad': gradient_accumulation_steps can't be 2.*batch"),
+        ({"bad": {"scheduler": {"sigma_data": 0.6}}}, {}, "row 'bad': sigma_data.*0.6"),
+        ({"bad": {"metrics_every": 4}}, {}, "row 'bad': metrics_every"),
+        ({"bad": {"label_column": "label", "model": {"num_classes": 2}}}, {}, "row 'bad': label_column"),
+        ({"bad": {"condition_columns": ["x"]}}, {}, "row 'bad': condition_columns"),
+        ({"bad": {"task": "upscale"}}, {}, "row 'bad': task"),
+        ({"bad": {"model": {"sample_size": 32}}}, {}, "row 'bad': sample_size of the model is 32"),
         ({"bad": {"seeds": [0, 0]}}, {}, "seeds must be different"),
         ({"bad": 3}, {}, "row 'bad'"),
         ({}, {}, "is no study"),
@@ -251,3 +266,53 @@ def test_the_command_ends_when_it_is_done(feature_folder):
     """A dry run says what would be done, and writes nothing."""
     output = finish(start(RUN_STUDY, write_study(feature_folder), "--output_dir", feature_folder / "out", "--dry_run"))
     assert "lerp" in output and "4 runs, 0 of them done" in output and not (feature_folder / "out").exists()
+
+
+def test_views_of_other_settings_are_refused(tmp_path):
+    check_views, done, folder = load_example("run_study").check_views, tmp_path / "train-complete", tmp_path / "train"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.png").touch()
+    settings = {"number": 3, "resolution": 8, "seed": 0}
+    done.touch()  # as earlier versions left it
+    check_views(done, folder, settings)
+    with pytest.raises(ValueError, match="give another --output_dir"):
+        check_views(done, folder, {**settings, "number": 4})
+    done.write_text(json.dumps(settings))
+    check_views(done, folder, settings)
+    with pytest.raises(ValueError, match="views of other settings"):
+        check_views(done, folder, {**settings, "resolution": 16})
+
+
+def result_of(errors, sigma=(2.0, 1.0)):
+    return {"points": [{"held_out": {"sigma": list(sigma), "error": errors}}]}
+
+
+def test_rows_are_compared_on_the_seeds_that_they_share():
+    first, row = {0: result_of([1.0, 2.0]), 1: result_of([9.0, 9.0])}, {0: result_of([1.1, 1.0]), 2: result_of([5, 5])}
+    sigma, ratio, deviations = study_report.errors_against(row, first)
+    assert sigma == [2.0, 1.0] and ratio == pytest.approx([10.0, -50.0]) and deviations == [0.0, 0.0]
+    assert study_report.errors_against({3: row[2]}, first) == ([], [], [])
+    common = study_report.with_common_seeds({"first": first, "row": row, "not begun": {}})
+    assert {name: list(found) for name, found in common.items()} == {"first": [0], "row": [0], "not begun": []}
+    assert study_report.with_common_seeds({"first": first, "row": {3: row[2]}})["first"] is first
+
+
+def test_signs_and_missing_runs_are_said(tmp_path):
+    assert study_report.same_sign([-1.0, -2.0, 0.5]) == ", lower in 2 of 3" and study_report.same_sign([]) == ""
+    study = studies.read_study(write_study(tmp_path))
+    add = study.rows[1]
+    lines = study_report.missing(study, {"lerp": {0: {}}, "add": {}}, {(add.identity, 1)})
+    assert lines[0].startswith("Failed: add seed 1.") and lines[2].startswith(
+        "No result yet: lerp seed 1; add seed 0."
+    )
+
+
+def test_an_interrupted_training_is_not_taken_for_a_whole_one(tmp_path):
+    row = studies.read_study(write_study(tmp_path)).rows[0]
+    one = study_runs.Run(row, 0, tmp_path, BASE["evaluation"], tmp_path, tmp_path, tmp_path, tmp_path, 1)
+    (one.pipeline_dir / "checkpoint-4").mkdir(parents=True)
+    with pytest.raises(RuntimeError, match="before its last step, 8; the same command goes on"):
+        study_runs.check_finished(one)
+    (one.pipeline_dir / "checkpoint-8").mkdir()
+    study_runs.check_finished(one)

@@ -50,6 +50,16 @@ NOT_FOR_ROWS = ("output_dir", "train_data_dir", "dataset_name", "seed", "max_tra
                 "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "num_validation_images",
                 "logging_steps", "report_to", "push_to_hub", "resume_from_checkpoint", "dry_run", "config")  # fmt: skip
 
+# These would make numbers that can't be compared, or fail only after the training; with what to do instead.
+REFUSED = {
+    "gradient_accumulation_steps": "images and operations are counted by train_batch_size, so set that instead",
+    "metrics_every": 'leave it out: "distances_at" in the base\'s "evaluation" says when to compare images',
+    "label_column": "leave it out: studies compare networks without classes",
+    "condition_columns": "leave it out: studies compare networks without conditions",
+    "task": "leave it out: studies compare networks that draw from noise",
+}
+SIGMA_DATA = 0.5  # what the held-out loss is taken with
+
 
 @dataclass
 class Row:
@@ -112,6 +122,7 @@ def read_study(path: Path, data_identity: str = "", seeds: Sequence[int] | None 
         try:
             row_seeds = seeds or change.get("seeds") or study.get("seeds") or base["seeds"]
             rows.append(make_row(name, change, base["training"], budget, evaluation, list(row_seeds), data_identity))
+            check_size(rows[-1], data["resolution"])
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}, row {name!r}: {error}") from error
     return Study(path.stem, study.get("title", path.stem), study.get("question", ""), budget, rows, data, evaluation)
@@ -164,6 +175,7 @@ def make_row(name, change: dict, training: dict, budget, evaluation, seeds, data
     if refused := sorted(set(settings) & set(NOT_FOR_ROWS)):
         raise ValueError(f"{', '.join(refused)} can't be set: the study says it for all rows.")
     args = parsed(settings)
+    check_comparable(args)
     parameters, macs = cost(args)
     # Backward costs twice as much as forward; a multiply-accumulate is two operations.
     flops_per_image = 2 * macs * (3 + extra_passes(args))
@@ -178,6 +190,27 @@ def make_row(name, change: dict, training: dict, budget, evaluation, seeds, data
     paper = None if paper is None else str(paper)
     batch = args.train_batch_size
     return Row(name, settings, seeds, steps, batch, parameters, macs, flops_per_image, identity, paper)
+
+
+def check_comparable(args: argparse.Namespace) -> None:
+    defaults = parse_args(["--output_dir", "unused", "--train_data_dir", "unused"])
+    for name, remedy in REFUSED.items():
+        if getattr(args, name) != getattr(defaults, name):
+            raise ValueError(f"{name} can't be {getattr(args, name)!r} in a study: {remedy}.")
+    if (args.scheduler or {}).get("sigma_data", SIGMA_DATA) != SIGMA_DATA:
+        raise ValueError(
+            f"sigma_data of the scheduler can't be {args.scheduler['sigma_data']} in a study: the held-out loss is taken "
+            f"with {SIGMA_DATA}; leave it out."
+        )
+
+
+def check_size(row: Row, resolution: int) -> None:
+    """All rows see and draw images of one size."""
+    size = row.training["model"].get("sample_size", resolution)
+    if {*(size if isinstance(size, (list, tuple)) else [size])} != {resolution}:
+        raise ValueError(
+            f'sample_size of the model is {size}, and "resolution" of the base\'s "data" {resolution}: make them equal.'
+        )
 
 
 def merged(base: dict, change: dict) -> dict:

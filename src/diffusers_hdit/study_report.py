@@ -4,13 +4,14 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from .checkpoints import write_durably
 from .studies import Row, Study
 
 
+LOG_FROM = 4  # times as many images in one row as in another: a linear axis would squeeze the latter
 MEASURES = ("held-out loss", "kernel distance", "Fréchet distance")
 
 
@@ -60,6 +61,29 @@ def show(values: Sequence[float], sign: str = "") -> str:
     return f"{mean:{sign}.{digits}f}{spread} ({len(values)})"
 
 
+def same_sign(values: Sequence[float]) -> str:
+    """In how many seeds the difference has its mean's sign: deviations of two or three values say little."""
+    if not values:
+        return ""
+    below = statistics.fmean(values) < 0
+    agree = sum((value < 0) == below for value in values)
+    return f", {'lower' if below else 'higher'} in {agree} of {len(values)}"
+
+
+def missing(study: Study, results: dict[str, dict[int, dict]], failed: Collection[tuple[str, int]]) -> list[str]:
+    """A line for the runs that failed and one for the others without a result; `failed` has (identity, seed)."""
+    lines = []
+    for word, wanted in (("failed", True), ("no result yet", False)):
+        named = []
+        for row in study.rows:
+            seeds = [s for s in row.seeds if s not in results[row.name] and ((row.identity, s) in failed) == wanted]
+            if seeds:
+                named.append(f"{row.name} seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
+        if named:
+            lines += [f"{word.capitalize()}: {'; '.join(named)}. The means are without them.", ""]
+    return lines
+
+
 def table(study: Study, results: dict[str, dict[int, dict]]) -> tuple[list[str], list[list[str]]]:
     """Header and lines for people; `results` is {row: {seed: result}}."""
     header = ["row", "parameters", "MMAC / image", "images", "training FLOPs"]
@@ -75,12 +99,13 @@ def table(study: Study, results: dict[str, dict[int, dict]]) -> tuple[list[str],
             line.append(show([values[seed] for seed in sorted(values)]))
             if measure != "Fréchet distance":
                 first = finals(results[study.rows[0].name], measure)
-                line.append("" if row is study.rows[0] else show(differences(values, first), "+"))
+                paired = differences(values, first)
+                line.append("" if row is study.rows[0] else show(paired, "+") + same_sign(paired))
         lines.append(line + ([row.paper or ""] if with_paper else []))
     return header + (["paper"] if with_paper else []), lines
 
 
-def markdown(study: Study, results: dict[str, dict[int, dict]]) -> str:
+def markdown(study: Study, results: dict[str, dict[int, dict]], failed: Collection[tuple[str, int]] = ()) -> str:
     header, lines = table(study, results)
     done, wanted = sum(map(len, results.values())), sum(len(row.seeds) for row in study.rows)
     evaluation, data = study.evaluation, study.data
@@ -88,12 +113,16 @@ def markdown(study: Study, results: dict[str, dict[int, dict]]) -> str:
     text = [f"# {study.title}", "", study.question, ""] if study.question else [f"# {study.title}", ""]
     if done < wanted:
         text += [f"**Not finished: {done} of {wanted} runs.**", ""]
+        text += missing(study, results, failed)
     for line in (header, ["---"] * len(header), *lines):
         text.append(f"| {' | '.join(line)} |")
     text += [
         "",
         f"Mean ± standard deviation over seeds (how many). Equal {'images' if budget == 'images' else 'training FLOPs'} "
-        f"for all rows. Differences are to the first row, seed by seed. Smaller is better.",
+        f"for all rows. Differences are to the first row, seed by seed, and in how many seeds they have that sign. "
+        "Smaller is better. The deviation is of the training alone: all runs share the held-out images, the noise of the "
+        "loss and of sampling, and the real images, so that what another choice of these would change is not in it. That "
+        "of two or three seeds is itself very uncertain.",
         "",
         f"Held-out loss: soft-min-snr, of EMA weights, on {evaluation['loss_images']} images that were not trained on, "
         f"each at {evaluation['noise_levels']} noise levels, the same noise for every row.",
@@ -181,6 +210,29 @@ def errors_by_level(row_results: dict[int, dict]) -> tuple[list[float], list[flo
     return last[0]["sigma"], [statistics.fmean(values) for values in zip(*(h["error"] for h in last), strict=True)]
 
 
+def errors_against(
+    row_results: dict[int, dict], first: dict[int, dict]
+) -> tuple[list[float], list[float], list[float]]:
+    """Noise levels, and of the seeds that both have: mean and deviation of the error's difference to the first row's, %."""
+    seeds = sorted(set(row_results) & set(first))
+    if not seeds:
+        return [], [], []
+    ratios = []
+    for seed in seeds:
+        (sigma, values), (_, reference) = (errors_by_level({seed: r[seed]}) for r in (row_results, first))
+        ratios.append([100 * (a / b - 1) for a, b in zip(values, reference, strict=True)])
+    pairs = [mean_and_deviation(values) for values in zip(*ratios, strict=True)]
+    return sigma, [mean for mean, _ in pairs], [deviation or 0.0 for _, deviation in pairs]
+
+
+def with_common_seeds(results: dict[str, dict[int, dict]]) -> dict[str, dict[int, dict]]:
+    """Without the seeds that another row has no result of: curves of other seeds are not comparable. All, if none is left."""
+    common = set.intersection(*(set(found) for found in results.values() if found))
+    if not common:
+        return results
+    return {row: {seed: r for seed, r in found.items() if seed in common} for row, found in results.items()}
+
+
 def draw(study: Study, results: dict[str, dict[int, dict]], path: Path) -> None:
     """
     Held-out loss and kernel distance against images and against training FLOPs, the training loss, and the held-out error
@@ -189,6 +241,7 @@ def draw(study: Study, results: dict[str, dict[int, dict]], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FormatStrFormatter, MaxNLocator, StrMethodFormatter
 
+    results = with_common_seeds(results)
     rows = [row for row in study.rows if results[row.name]]
     colors = {row.name: f"C{i % 10}" for i, row in enumerate(study.rows)}
     figure = Figure(figsize=(15, 8.5), layout="constrained")
@@ -204,15 +257,15 @@ def draw(study: Study, results: dict[str, dict[int, dict]], path: Path) -> None:
             axis.set_yscale("log" if line == 0 else "linear")
     for row in rows:
         images, losses = training_curve(results[row.name], window=10)
-        axes[0, 2].plot(images[9:], losses[9:], color=colors[row.name], linewidth=1.2)
+        begin = min(9, len(images) // 2)  # a mean of few reports is noisy, but a short training has no others
+        marker = "o" if len(images) - begin < 3 else None
+        axes[0, 2].plot(images[begin:], losses[begin:], color=colors[row.name], linewidth=1.2, marker=marker)
     axes[0, 2].set(xlabel="training images", ylabel="training loss (own weighting, running mean)")
     axes[0, 2].set_yscale("log")
     if results[study.rows[0].name]:
-        _, reference_errors = errors_by_level(results[study.rows[0].name])
         for row in rows:
-            sigma, values = errors_by_level(results[row.name])
-            ratio = [100 * (a / b - 1) for a, b in zip(values, reference_errors, strict=True)]
-            axes[1, 2].plot(sigma, ratio, color=colors[row.name], marker=".", linewidth=1.2)
+            sigma, ratio, deviations = errors_against(results[row.name], results[study.rows[0].name])
+            axes[1, 2].errorbar(sigma, ratio, deviations, color=colors[row.name], marker=".", capsize=2, linewidth=1.2)
     axes[1, 2].set(
         xlabel="noise level sigma",
         ylabel=f"held-out error against {study.rows[0].name} (%)",
@@ -223,13 +276,17 @@ def draw(study: Study, results: dict[str, dict[int, dict]], path: Path) -> None:
         axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axis.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
     for axis in (*axes[:, 0], axes[0, 2]):
-        axis.xaxis.set_major_locator(MaxNLocator(5))
-        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        if max(row.images for row in rows) > LOG_FROM * min(row.images for row in rows):
+            axis.set_xscale("log")
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(5))
+            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     for axis in axes.flat:
         axis.grid(alpha=0.3, which="both")
     handles = [axes[0, 0].plot([], [], color=colors[row.name], marker="o", label=row.name)[0] for row in rows]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, max(1, len(rows))))
-    figure.suptitle(f"{study.title} (bars: standard deviation over seeds)")
+    seeds = sorted({seed for row in rows for seed in results[row.name]})
+    figure.suptitle(f"{study.title} (bars: standard deviation over seeds {', '.join(map(str, seeds))})")
     figure.savefig(path, dpi=100)
 
 
@@ -239,12 +296,27 @@ def draw_curve(axis, row: Row, row_results: dict[int, dict], measure: str, again
         axis.errorbar(places, means, yerr=deviations, color=color, marker="o", markersize=4, capsize=3, linewidth=1.2)
 
 
-def write(study: Study, results: dict[str, dict[int, dict]], output_dir: Path) -> list[Path]:
-    """NAME.md, NAME.csv, NAME-points.csv and, if any run is done, NAME.png."""
+def check_matplotlib() -> None:
+    """Raises ImportError where there is none, before any work."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError('this needs matplotlib: pip install "diffusers-hdit[train]"') from error
+
+
+def write(
+    study: Study,
+    results: dict[str, dict[int, dict]],
+    output_dir: Path,
+    failed: Collection[tuple[str, int]] = (),
+) -> list[Path]:
+    """NAME.md, NAME.csv, NAME-points.csv and, if any run is done, NAME.png; `failed` runs, (identity, seed), are named."""
     output_dir.mkdir(parents=True, exist_ok=True)
     paths = [output_dir / f"{study.name}{end}" for end in (".md", ".csv", "-points.csv", ".png")]
     for path, text in zip(
-        paths, (markdown(study, results), csv_of_rows(study, results), csv_of_points(study, results)), strict=False
+        paths,
+        (markdown(study, results, failed), csv_of_rows(study, results), csv_of_points(study, results)),
+        strict=False,
     ):
         write_durably(path, text)
     if not any(results.values()):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from . import diffusion, evaluation, metrics
 from .checkpoints import write_durably
 from .data import load_images, mixed_seed, to_float
 from .pipeline_hdit import HDiTPipeline
-from .studies import Row, parts_of
+from .studies import SIGMA_DATA, Row, parts_of
 from .training import draw_noise
 from .watch import read_lines
 
@@ -122,6 +123,7 @@ def train(run: Run) -> None:
     if run.pipeline_dir.is_dir() and not any(run.pipeline_dir.glob("checkpoint-*")):
         shutil.rmtree(run.pipeline_dir)  # killed before there was anything to go on from
     load_main(run.train_script)(["--config", str(path), "--output_dir", str(run.pipeline_dir)])
+    check_finished(run)
     for step in run.steps:
         saved = torch.load(run.pipeline_dir / f"checkpoint-{step}" / "averages.pt", weights_only=True)["averages"]
         partial = average_path(run, step).with_suffix(".partial")
@@ -129,6 +131,15 @@ def train(run: Run) -> None:
         os.replace(partial, average_path(run, step))
     for checkpoint in run.pipeline_dir.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
+
+
+def check_finished(run: Run) -> None:
+    """A training that is told to end (Ctrl-C) saves and returns as one that is done."""
+    if not (run.pipeline_dir / f"checkpoint-{run.row.steps}").is_dir():
+        raise RuntimeError(
+            f"the training in {run.pipeline_dir} was ended before its last step, {run.row.steps}; the same command "
+            "goes on from its last checkpoint."
+        )
 
 
 def average_path(run: Run, step: int) -> Path:
@@ -150,12 +161,13 @@ def load_main(script: Path) -> Callable[[list[str]], None]:
 def evaluate(run: Run) -> dict:
     """Of the averaged weights at each point: held-out errors by noise level, and distances of drawn images."""
     pipeline = HDiTPipeline.from_pretrained(run.pipeline_dir)
+    pipeline.to(PartialState().device)
     size, wanted = pipeline.transformer.sample_size, run.evaluation
     # load_images only to read the same way as the training does.
     held_out = load_images(train_data_dir=run.held_out_dir, resolution=size, center_crop=True, cache_dir=run.cache_dir)
     extractor = metrics.load_extractor(wanted["feature_network"], wanted["network_resolution"])
     real = reference_features(extractor, held_out, run.cache_dir)
-    points = []
+    points, facts = [], {}
     for step in run.steps:
         load_average(pipeline.transformer, average_path(run, step))
         point = {"step": step, "images": step * run.row.batch, "flops": step * run.row.batch * run.row.flops_per_image}
@@ -165,12 +177,13 @@ def evaluate(run: Run) -> dict:
             drawing = evaluation.Drawing(
                 pipeline, {}, wanted["images"], BATCH, wanted["num_inference_steps"], seed=wanted["seed"]
             )
+            facts = drawing.facts
             drawn, _ = evaluation.features_of(drawing, extractor)
             names = ["kernel_distance", "frechet_distance"]
             point["distances"] = metrics.evaluate(drawn, real, names, extractor)
         points.append(point)
     losses = [[line["images_seen"], line["loss"]] for line in read_lines(run.pipeline_dir / "metrics.jsonl")]
-    return {"row": run.row.identity, "seed": run.seed, "points": points, "training_loss": losses}
+    return {"row": run.row.identity, "seed": run.seed, "points": points, "training_loss": losses, "drawing": facts}
 
 
 def load_average(network: nn.Module, path: Path) -> None:
@@ -185,28 +198,31 @@ def reference_features(extractor, images, cache_dir: Path) -> Tensor:
     return evaluation.reference_features(extractor, images, BATCH, Path(cache_dir) / "features")
 
 
-def noise_levels(count: int, image_size: int, sigma_data: float = 0.5) -> Tensor:
+def noise_levels(count: int, image_size: int, sigma_data: float = SIGMA_DATA) -> Tensor:
     """The middles of equal parts of the paper's density: a mean over them is one over the density, for every row."""
     u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     return diffusion.sigma_from_uniform(u, image_size=image_size, sigma_data=sigma_data).float()
 
 
 @torch.inference_mode()
-def held_out_errors(network: nn.Module, images, wanted: dict, sigma_data: float = 0.5) -> dict:
+def held_out_errors(network: nn.Module, images, wanted: dict, sigma_data: float = SIGMA_DATA) -> dict:
     """
     The network's error on images that it did not see, with the same noise for every network: unweighted (F against its
     target, as `diffusion.loss` with "karras") for each noise level, and the mean of all with soft-min-snr's weights.
     """
     sigmas = noise_levels(wanted["noise_levels"], max(network.sample_size), sigma_data)
+    device = next(network.parameters()).device
     count = min(wanted["loss_images"], len(images))
     sums = torch.zeros(len(sigmas), dtype=torch.float64)
     for first in range(0, count, BATCH):
         numbers = range(first, min(first + BATCH, count))
-        image = to_float(evaluation.real_images(images, numbers))
+        image = to_float(evaluation.real_images(images, numbers)).to(device)
         for i, sigma in enumerate(sigmas):
             seed = mixed_seed("held-out", wanted["seed"], i)
             noise = draw_noise(image.shape, seed, numbers, image.device)
-            sums[i] += errors(network, image, noise, sigma.expand(len(image)), sigma_data).double().sum()
+            sums[i] += (
+                errors(network, image, noise, sigma.to(device).expand(len(image)), sigma_data).cpu().double().sum()
+            )
     error = sums / count
     weights = diffusion.WEIGHTINGS["soft-min-snr"](sigmas.double(), sigma_data)
     return {"sigma": sigmas.tolist(), "error": error.tolist(), "loss": (weights * error).mean().item()}
@@ -214,7 +230,11 @@ def held_out_errors(network: nn.Module, images, wanted: dict, sigma_data: float 
 
 def errors(network: nn.Module, image: Tensor, noise: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
     # With self-conditioning, of the second pass: what sampling sees from its second step on.
-    known = {"self_conditioned": torch.ones(len(image), dtype=torch.bool)} if self_conditioned(network) else {}
+    known = (
+        {"self_conditioned": torch.ones(len(image), dtype=torch.bool, device=image.device)}
+        if self_conditioned(network)
+        else {}
+    )
     return diffusion.loss(network, image, noise, sigma, sigma_data, weighting="karras", **known)
 
 
