@@ -198,7 +198,7 @@ def report(results: list[dict]) -> None:
         if "floor" in result:
             line += (
                 f" (too large with few images: two sets of {result['floor_images']} {result['floor_of']} each are "
-                f"{result['floor']:.6g} apart; this is of {first['images']} images against {real}, so that is no lower "
+                f"{result['floor']:.6g} apart; this is of {first['images']} drawn ones against {real}, so that is no lower "
                 "bound)"
             )
         elif "bias" in result:

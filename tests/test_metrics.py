@@ -385,7 +385,7 @@ def test_the_script(script, pipeline, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "10 images against 124 real ones, features of test_metrics:make_pixels" in output
     assert "too large with few images: two sets of 10 real images each are" in output
-    assert "this is of 10 images against 124 real ones, so that is no lower bound" in output
+    assert "this is of 10 drawn ones against 124 real ones, so that is no lower bound" in output
     assert "recall: " in output and "numbers of images, which should be equal" in output
     results = [json.loads(path.read_text()) for path, _ in files.values()]
     assert [result["name"] for result in results[0]] == names
