@@ -364,7 +364,7 @@ def test_the_card_says_what_it_is(model_type, tmp_path):
 # Training
 
 
-@TYPES
+@pytest.mark.parametrize("model_type", ["dit", pytest.param("unet", marks=pytest.mark.slow)])
 def test_training_and_going_on(model_type, tmp_path):
     """Ends bit-equal to an uninterrupted run; all conditions, augmentation and dropout are on."""
     config = write_config(

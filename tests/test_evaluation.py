@@ -299,7 +299,8 @@ def test_metrics_in_training_disturb_nothing_and_are_resumed(tmp_path, with_test
         assert ours["value"] == pytest.approx(theirs["value"], rel=1e-6) and ours["sampler"] == theirs["sampler"]
 
 
-@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_metrics_in_training_on_two_processes(kind, tmp_path, with_tests_on_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = {**SMALL, "sample_size": 16, "widths": [32, 32], "depths": [1, 1]}

@@ -316,7 +316,7 @@ def test_configuration_errors(overrides, message):
         ({"class_labels": torch.tensor([0, 4])}, "class_labels must be 0 to 2, or 3 for no label; got values from 0 to 4"),
         ({"class_labels": torch.tensor([0])}, r"class_labels must have shape \(2,\), got \(1,\)"),
         ({"augment_cond": torch.zeros(2, 8)}, r"augment_cond must have shape \(2, 9\)"),
-        ({"mapping_cond": torch.zeros(2, 8)}, r"mapping_cond must have shape \(2, 0\)"),
+        ({"mapping_cond": torch.zeros(2, 8)}, "mapping_cond was given, but this model has mapping_cond_dim=0. Leave it out"),
     ],
 )  # fmt: skip
 def test_input_errors(make_model, arguments, message):

@@ -419,7 +419,8 @@ def test_exact_resume(tmp_path):
     assert weights(whole)["patch_in.proj.weight"].shape == (32, 2 * 2 * 6)
 
 
-@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_equal_one(kind, tmp_path):
     """The order of additions differs, and AdamW amplifies rounding where a gradient is nearly zero."""
     config = write_config(tmp_path, model={**MODEL, "dropout": 0.0}, max_train_steps=8, validation_steps=1000)
