@@ -63,7 +63,7 @@ def show(values: Sequence[float], sign: str = "") -> str:
 
 def same_sign(values: Sequence[float]) -> str:
     """In how many seeds the difference has its mean's sign: deviations of two or three values say little."""
-    if not values:
+    if len(values) < 2:
         return ""
     below = statistics.fmean(values) < 0
     agree = sum((value < 0) == below for value in values)
@@ -239,7 +239,7 @@ def draw(study: Study, results: dict[str, dict[int, dict]], path: Path) -> None:
     by noise level relative to the first row.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FormatStrFormatter, MaxNLocator, StrMethodFormatter
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
     results = with_common_seeds(results)
     rows = [row for row in study.rows if results[row.name]]
@@ -278,15 +278,18 @@ def draw(study: Study, results: dict[str, dict[int, dict]], path: Path) -> None:
     for axis in (*axes[:, 0], axes[0, 2]):
         if max(row.images for row in rows) > LOG_FROM * min(row.images for row in rows):
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_minor_formatter(NullFormatter())
         else:
             axis.xaxis.set_major_locator(MaxNLocator(5))
-            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     for axis in axes.flat:
         axis.grid(alpha=0.3, which="both")
     handles = [axes[0, 0].plot([], [], color=colors[row.name], marker="o", label=row.name)[0] for row in rows]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, max(1, len(rows))))
     seeds = sorted({seed for row in rows for seed in results[row.name]})
-    figure.suptitle(f"{study.title} (bars: standard deviation over seeds {', '.join(map(str, seeds))})")
+    bars = "bars: standard deviation over seeds" if len(seeds) > 1 else "only seed"
+    figure.suptitle(f"{study.title} ({bars} {', '.join(map(str, seeds))})")
     figure.savefig(path, dpi=100)
 
 
