@@ -66,7 +66,7 @@ def test_a_new_network_learns_from_everything(model_type):
     given = inputs()
     output = model(**given)
     assert output.sample.shape == (2, 3, 16, 16) and output.sample.isfinite().all()
-    assert torch.equal(model(**given, return_dict=False)[0], output.sample)
+    torch.testing.assert_close(model(**given, return_dict=False)[0], output.sample)
     randomize(model)(**given).sample.square().mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), name
@@ -79,7 +79,7 @@ def test_the_start(model_type):
     output = model(**given).sample
     assert (not output.any()) == (model_type == "dit")
     if model_type == "unet":
-        assert torch.equal(model(**{**given, "mapping_cond": None, "augment_cond": None}).sample, output)
+        torch.testing.assert_close(model(**{**given, "mapping_cond": None, "augment_cond": None}).sample, output)
     else:
         gates = [block.norm1.linear for block in model.transformer.transformer_blocks]
         assert not any(linear.weight.any() for linear in gates) and model.time_embedder.linear_1.weight.any()
@@ -103,12 +103,13 @@ def test_what_is_left_out(model_type):
         "augment_cond": torch.zeros(2, 9),
         "mapping_cond": torch.zeros(2, 2),
     }
-    assert torch.equal(model(**given).sample, model(**given, **nothing).sample)
-    assert torch.equal(model(given["sample"], 0.25).sample, model(given["sample"], torch.full((2,), 0.25)).sample)
+    torch.testing.assert_close(model(**given).sample, model(**given, **nothing).sample)
+    number, vector = (model(given["sample"], timestep).sample for timestep in (0.25, torch.full((2,), 0.25)))
+    torch.testing.assert_close(number, vector)
     # Labels are dropped by the script alone.
     model.train()
     labels = torch.zeros(2, dtype=torch.long)
-    assert torch.equal(model(**given, class_labels=labels).sample, model(**given, class_labels=labels).sample)
+    torch.testing.assert_close(model(**given, class_labels=labels).sample, model(**given, class_labels=labels).sample)
 
 
 def test_dit_is_diffusers_own():
@@ -176,8 +177,8 @@ def test_recomputing_changes_no_gradient(model_type):
     given = {name: inputs()[name] for name in ("sample", "timestep")}
     for model in (plain, saving):
         model(**given).sample.square().mean().backward()
-    for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
-        assert torch.equal(a.grad, b.grad), name
+    for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
     with pytest.raises(ValueError, match="no levels to choose among"):
         saving.set_gradient_checkpointing_levels([1])
     config = {**SMALL[model_type], "sample_size": 32}
@@ -292,7 +293,7 @@ def test_model_round_trip(model_type, tmp_path):
     model, given = make(model_type, **ALL), inputs()
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
-    assert torch.equal(loaded(**given).sample, model(**given).sample)
+    torch.testing.assert_close(loaded(**given).sample, model(**given).sample)
     half = type(model).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16 and relative_error(half(**given).sample, model(**given).sample) < 0.05
 
@@ -323,14 +324,18 @@ def test_pipeline_round_trip(model_type, tmp_path):
     assert type(loaded.transformer) is NETWORKS[model_type]
     assert json.loads((tmp_path / "saved" / "model_index.json").read_text())["transformer"] == ["baselines", name]
     plain, guided = draw(loaded, "dog"), draw(loaded, "dog", guidance_scale=2.0)
-    assert torch.equal(plain, draw(pipe, "dog")) and relative_error(guided, plain) > 1e-3
+    # The weights, bit for bit; a convolution's sums may be taken in another order.
+    expected, weights = pipe.transformer.state_dict(), loaded.transformer.state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in expected.items())
+    assert relative_error(plain, draw(pipe, "dog")) < 1e-5 and relative_error(guided, plain) > 1e-3
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_PACKAGE, tmp_path / "saved", tmp_path / "image.pt"],
         capture_output=True, text=True, env={**env, "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )  # fmt: skip
     assert done.returncode == 0 and "Expected types" not in done.stderr, done.stderr
-    assert torch.load(tmp_path / "image.pt")[0] == name and torch.equal(torch.load(tmp_path / "image.pt")[1], guided)
+    kind, image = torch.load(tmp_path / "image.pt")
+    assert kind == name and relative_error(image, guided) < 1e-5
 
 
 def test_what_a_pipeline_refuses(tmp_path):
@@ -403,7 +408,7 @@ def test_averaged_weights_with_their_tables():
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     made, given = training.averaged_network(model, weights), inputs()
     given = {name: given[name] for name in ("sample", "timestep")}
-    assert torch.equal(made(**given).sample, model(**given).sample)
+    torch.testing.assert_close(made(**given).sample, model(**given).sample)
 
 
 @TYPES

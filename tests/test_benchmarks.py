@@ -42,7 +42,8 @@ def run_quick(path, only, *flags):
     "only, names",
     [
         ("b,unet,natten,loading", ["parts", "unet", "natten", "loading"]),
-        ("presets,resolution,matmuls", ["presets", "resolution", "matmuls"]),
+        ("matmuls", ["matmuls"]),
+        pytest.param("presets,resolution", ["presets", "resolution"], marks=pytest.mark.slow),
         pytest.param("backends,imports", ["backends", "imports"], marks=pytest.mark.slow),
     ],
 )

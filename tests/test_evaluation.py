@@ -261,6 +261,7 @@ def measured(folder):
     return [(line["step"], line["images_seen"], line["metrics"]) for line in lines if "metrics" in line]
 
 
+@pytest.mark.slow
 def test_metrics_in_training_disturb_nothing_and_are_resumed(tmp_path, with_tests_on_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = write_config(tmp_path, **ON_THE_WAY)

@@ -112,6 +112,7 @@ def saved(folder, kind):
     return path
 
 
+@pytest.mark.slow
 def test_extrapolation_from_end_to_end(feature_folder):
     paths = [saved(feature_folder, kind) for kind in ("rope", "additive")]
     load_example("make_panorama_views").main(

@@ -200,6 +200,7 @@ def test_compile_without_a_graph_break(make_model, types):
         assert relative_error(grad, expected[name.removeprefix("_orig_mod.")]) < 1e-4, name
 
 
+@pytest.mark.slow
 def test_compiled_model_takes_other_sizes(make_model):
     """The traced graph, with symbolic sizes from the second size on, run operation by operation."""
     torch._dynamo.reset()

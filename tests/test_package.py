@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 from conftest import REPOSITORY
@@ -59,6 +60,11 @@ def test_python_snippets_of_the_readme(number, tmp_path, monkeypatch, make_model
     exec(compile(snippets("python")[number], f"README.md, Python snippet {number}", "exec"), {})
 
 
+@cache
+def usage_of(*target: str) -> str:
+    return subprocess.run([sys.executable, *target, "--help"], capture_output=True, text=True, check=True).stdout
+
+
 def test_the_readmes_commands_exist():
     """Every script and every flag that the README's shell lines name."""
     commands = "\n".join(snippets("bash")).replace("\\\n", " ").splitlines()
@@ -71,9 +77,7 @@ def test_the_readmes_commands_exist():
         scripts = [word for word in words if word.endswith(".py")]
         modules = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "-m" and "hdit" in words[i + 1]]
         for target in [[REPOSITORY / s] for s in scripts] + [["-m", m] for m in modules]:
-            usage = subprocess.run(
-                [sys.executable, *map(str, target), "--help"], capture_output=True, text=True, check=True
-            ).stdout
+            usage = usage_of(*map(str, target))
             for flag in (word for word in words if word.startswith("--")):
                 assert flag in usage, f"{flag} in: {command}"
 

@@ -151,6 +151,7 @@ def prepared(bad, die_at, *arguments):
     return process.returncode, output
 
 
+@pytest.mark.slow
 def test_dying_between_a_checkpoint_and_what_else_is_due(config, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     code, _ = prepared([], 10, "--config", config, "--output_dir", folder)
@@ -182,6 +183,7 @@ def test_ten_bad_steps_in_a_row_end_the_run(tmp_path):
     assert newest(folder) == 6 and not (folder / "model_index.json").exists()
 
 
+@pytest.mark.slow
 def test_metrics_of_longer_intervals_are_resumed_too(tmp_path):
     settings = {**OVERRIDES, "max_train_steps": 8, "logging_steps": 3, "checkpoints_total_limit": None}
     config, whole, resumed = write_config(tmp_path, **settings), tmp_path / "whole", tmp_path / "resumed"

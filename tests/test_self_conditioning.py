@@ -404,6 +404,7 @@ def test_the_ode_is_that_of_the_model_without_estimates(make_pipeline):
 MODEL = {**CONFIG["model"], "self_conditioning": True}
 
 
+@pytest.mark.slow
 def test_exact_resume(tmp_path):
     """With dropout, augmentation, bfloat16 and gradient checkpointing, which both passes have to do with."""
     settings = {"random_flip": False, "augment_prob": 0.3, "mixed_precision": "bf16", "gradient_checkpointing": "0"}

@@ -47,6 +47,7 @@ def texts(folder):
     return {path.name: path.read_text() for path in folder.iterdir() if path.suffix in (".md", ".csv")}
 
 
+@pytest.mark.slow
 def test_a_study_killed_and_continued_gives_the_same_tables(feature_folder):
     path = write_study(feature_folder)
     # A second study with the default row under another name, and its defaults spelled out.
