@@ -15,7 +15,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, SMALL
+from conftest import REPOSITORY, SMALL, relative_error
 from diffusers import AutoModel, DiffusionPipeline, EDMDPMSolverMultistepScheduler
 from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
 from diffusers.utils import dynamic_modules_utils
@@ -204,7 +204,8 @@ def test_package_to_no_package_and_back(hub, pushed, tmp_path):
     """Also from what was saved there, and from what the package saved of that."""
     env, expected = environment(hub, tmp_path), draw(pushed)
     _, err = run(WITHOUT_PACKAGE, env, NAME, tmp_path)
-    assert torch.equal(torch.load(tmp_path / "image.pt"), expected)
+    # To rounding: without the package, there are no compiled kernels.
+    assert relative_error(torch.load(tmp_path / "image.pt"), expected) < 1e-4
     assert "might require the following packages" not in err and "Expected types" not in err, err
 
     pipe = HDiTPipeline.from_pretrained(tmp_path / "saved")
@@ -266,7 +267,7 @@ def test_our_samplers_and_a_guidance_model_from_folder_and_hub(hub, make_pipelin
     pipe.save_pretrained(tmp_path / "folder")
     run(SAMPLER_WITHOUT_PACKAGE, environment(hub, tmp_path), tmp_path / "folder", NAME, tmp_path, cls.__name__)
     for number in range(2):
-        assert torch.equal(torch.load(tmp_path / f"image{number}.pt"), expected)
+        assert relative_error(torch.load(tmp_path / f"image{number}.pt"), expected) < 1e-4
     for where in (NAME, tmp_path / "folder", tmp_path / "saved0", tmp_path / "saved1"):
         loaded = HDiTPipeline.from_pretrained(where)
         loaded.set_progress_bar_config(disable=True)
@@ -325,7 +326,7 @@ def test_the_other_pipelines(hub, make_model, make_pipeline, tmp_path, cls):
     loaded.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     drawn = loaded(*arguments, num_inference_steps=2, generator=generator, output_type="latent").images
-    assert torch.equal(torch.load(tmp_path / "image.pt"), drawn)
+    assert relative_error(torch.load(tmp_path / "image.pt"), drawn) < 1e-4
     card = hub.repos[NAME].files["README.md"].decode()
     assert f"pipe = {cls.__name__}.from_pretrained" in card and "image=" in card
     assert "pipeline_tag: image-to-image" in card

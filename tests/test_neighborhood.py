@@ -68,10 +68,17 @@ def flex_on_cpu():
         pytest.skip(reason)
 
 
+def skip_without(backend, dtype=torch.float32):
+    reason = unavailable_reason(backend, device="cpu", dtype=dtype, head_dim=16, training=True)
+    if reason is not None:
+        pytest.skip(reason)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("backend", ["tiled", "dense"])
+@pytest.mark.parametrize("backend", ["tiled", "dense", "cpp"])
 @pytest.mark.parametrize("b, h, w, n, d, kernel_size", CASES)
 def test_values_and_gradients(b, h, w, n, d, kernel_size, backend, dtype):
+    skip_without(backend, dtype)
     inputs = tensors(b, h, w, n, d, dtype=dtype, requires_grad=True)
     (weight,) = tensors(b, h, w, n, d, dtype=dtype, count=1)
     exact = [x.detach().double().requires_grad_() for x in inputs]
@@ -196,7 +203,7 @@ def test_compiled_equals_eager(compiler, sizes):
         pytest.skip("symbolic sizes in training stop at an assertion of this PyTorch's own; dynamic=False works")
 
     def step(*inputs):
-        return neighborhood_attention(*inputs, 5).square()
+        return neighborhood_attention(*inputs, 5, backend="tiled").square()
 
     torch._dynamo.reset()
     compiled = torch.compile(step, backend=compiler, fullgraph=True)
@@ -216,12 +223,12 @@ def test_compiled_equals_eager(compiler, sizes):
 
 def test_plans_are_reused_and_bounded():
     inputs = tensors(1, 9, 9, 1, 8)
-    neighborhood_attention(*inputs, 3)
+    neighborhood_attention(*inputs, 3, backend="tiled")
     (plan,) = neighborhood._plans.values()
-    neighborhood_attention(*inputs, 3)
+    neighborhood_attention(*inputs, 3, backend="tiled")
     assert [p is plan for p in neighborhood._plans.values()] == [True]
     for size in range(10, 40):
-        neighborhood_attention(*tensors(1, size, 9, 1, 8), 3)
+        neighborhood_attention(*tensors(1, size, 9, 1, 8), 3, backend="tiled")
     assert len(neighborhood._plans) == neighborhood._MAX_PLANS
 
 
@@ -232,7 +239,7 @@ def test_threads_share_plans():
 
     def work():
         for size in sizes:
-            out = neighborhood_attention(*tensors(1, *size, 1, 8), 3)
+            out = neighborhood_attention(*tensors(1, *size, 1, 8), 3, backend="tiled")
             if not torch.allclose(out, expected[size], atol=1e-5):
                 wrong.append(size)
 
@@ -270,12 +277,13 @@ def test_refuses_mismatched_shapes():
 
 
 def test_refuses_unknown_backend():
-    with pytest.raises(ValueError, match="'sparse'; choose 'auto' or one of natten, triton, tiled, flex, dense"):
+    with pytest.raises(ValueError, match="'sparse'; choose 'auto' or one of natten, triton, cpp, tiled, flex, dense"):
         neighborhood_attention(*tensors(1, 8, 8, 1, 4), 3, backend="sparse")
 
 
 def test_named_natten_is_refused_and_auto_is_tiled(monkeypatch):
-    inputs = tensors(1, 8, 8, 1, 8)
+    """In float64, for which there are no compiled kernels."""
+    inputs = tensors(1, 8, 8, 1, 8, dtype=torch.float64)
     with pytest.raises(ValueError, match="'natten' cannot run here: NATTEN's kernels run on CUDA, not on 'cpu'. Use"):
         neighborhood_attention(*inputs, 3, backend="natten")
     monkeypatch.setitem(neighborhood._IMPLEMENTATIONS, "tiled", lambda *_: "tiled")

@@ -805,8 +805,8 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
 
     def set_neighborhood_backend(self, backend: str) -> None:
         """
-        Chooses the kernel of all neighborhood levels: "auto" ("natten" where it works, else "tiled"), "natten",
-        "triton", "tiled", "flex" or "dense". All are exact; the choice can be changed at any time.
+        Chooses the kernel of all neighborhood levels: "auto" ("natten" or "cpp" where they work, else "tiled"), "natten",
+        "triton", "cpp", "tiled", "flex" or "dense". All are exact; the choice can be changed at any time.
 
         Raises:
             ValueError: for an unknown name, or one that can't work on this model's device and dtype.

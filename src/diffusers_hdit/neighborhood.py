@@ -24,7 +24,7 @@ from torch import Tensor
 from .remote_code import package_module
 
 
-BACKENDS = ("natten", "triton", "tiled", "flex", "dense")
+BACKENDS = ("natten", "triton", "cpp", "tiled", "flex", "dense")
 
 _TILE = (8, 8)
 # The GPU kernels of FlexAttention take up to 128 queries or keys at once and refuse smaller mask blocks.
@@ -51,12 +51,13 @@ def neighborhood_attention(
         query, key, value: `(B, h, w, n, d)`, any strides, one dtype and device.
         kernel_size: window `k` or `(kh, kw)` in tokens, odd, at most `(h, w)`.
         scale: factor on the scores before the softmax; `None` is `d ** -0.5`.
-        backend: `"auto"` (`natten` where it works, else `tiled`) or one of `BACKENDS`:
+        backend: `"auto"` (`natten` or `cpp` where they work, else `tiled`) or one of `BACKENDS`:
 
             | name     | what runs                               | where                                       |
             |----------|-----------------------------------------|---------------------------------------------|
             | `natten` | NATTEN's compiled kernels               | CUDA with NATTEN's library                  |
             | `triton` | our own kernels, halos never stored     | CUDA with Triton; heads of 16, 32, 64, 128  |
+            | `cpp`    | our own kernels, compiled at first use  | CPU with Linux and a C++ compiler           |
             | `tiled`  | scaled dot products on tiles with halos | everywhere, training and inference          |
             | `flex`   | compiled FlexAttention                  | CUDA; CPU without gradients                 |
             | `dense`  | one masked `(h * w) x (h * w)` product  | everywhere; memory grows with `(h * w) ** 2` |
@@ -70,23 +71,24 @@ def neighborhood_attention(
     """
     kernel = _checked_kernel(query, key, value, kernel_size)
     training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    reason = unavailable_reason(
-        "natten" if backend == "auto" else backend,
-        device=query.device,
-        dtype=query.dtype,
-        head_dim=query.shape[-1],
-        training=training,
-        kernel_size=kernel,
-    )
-    if backend == "auto":
-        backend = "natten" if reason is None else "tiled"
-    elif reason is not None:
+    for name in ("natten", "cpp", "tiled") if backend == "auto" else (backend,):
+        reason = unavailable_reason(
+            name,
+            device=query.device,
+            dtype=query.dtype,
+            head_dim=query.shape[-1],
+            training=training,
+            kernel_size=kernel,
+        )
+        if reason is None:
+            break
+    else:
         raise ValueError(reason)
 
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if kernel == tuple(query.shape[1:3]):
         return whole_grid_attention(query, key, value, scale)
-    return _IMPLEMENTATIONS[backend](query, key, value, kernel, scale)
+    return _IMPLEMENTATIONS[name](query, key, value, kernel, scale)
 
 
 def sliding_window_attention(
@@ -143,6 +145,8 @@ def unavailable_reason(
         problem = _natten_problem(device_type, dtype, head_dim, training, kernel_size)
     elif backend == "triton":
         problem = _triton_problem(device_type, dtype, head_dim)
+    elif backend == "cpp":
+        problem = _cpp_problem(device_type, dtype)
     elif backend == "flex":
         problem = _flex_problem(device_type, dtype, head_dim, training)
     else:
@@ -545,6 +549,42 @@ def _import_triton_kernels() -> tuple[str, bool]:
         return f"its kernels do not import ({error})", False
 
 
+# ---- cpp ----
+
+
+def _cpp(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], scale: float) -> Tensor:
+    # By name, as above.
+    return torch.ops.diffusers_hdit.cpp_neighborhood_attention(query, key, value, *kernel, scale)[0]
+
+
+def _cpp_problem(device_type: str, dtype: torch.dtype) -> str | None:
+    if device_type != "cpu":
+        return f"its kernels run on the CPU, not on {device_type!r}"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"its kernels are for float32, float16 and bfloat16, not for {dtype}"
+    return _cpp_library_problem() or None
+
+
+_cpp_answer: str | None = None
+
+
+@torch.compiler.assume_constant_result
+def _cpp_library_problem() -> str:
+    """Why there are no compiled kernels; empty if there are, compiled now at the latest."""
+    global _cpp_answer
+    if _cpp_answer is None:
+        try:
+            package_module("neighborhood_cpp").library()
+            _cpp_answer = ""
+        except (
+            ImportError,
+            OSError,
+            RuntimeError,
+        ) as error:  # no package around the code of a repository, among others
+            _cpp_answer = str(error)
+    return _cpp_answer
+
+
 # ---- dense ----
 
 
@@ -569,4 +609,4 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], s
     return whole_grid_attention(query, key, value, scale, mask.reshape(h * w, h * w))
 
 
-_IMPLEMENTATIONS = {"natten": _natten, "triton": _triton, "tiled": _tiled, "flex": _flex, "dense": _dense}
+_IMPLEMENTATIONS = {"natten": _natten, "triton": _triton, "cpp": _cpp, "tiled": _tiled, "flex": _flex, "dense": _dense}

@@ -1,0 +1,135 @@
+"""The compiled kernels: values beyond those of test_neighborhood.py, threads, other processors, and no compiler."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import relative_error
+from test_neighborhood import TOLERANCE, reference, skip_without, tensors
+
+from diffusers_hdit import neighborhood, neighborhood_cpp
+from diffusers_hdit.neighborhood import neighborhood_attention, unavailable_reason
+
+
+CPU = {"device": "cpu", "dtype": torch.float32, "head_dim": 16, "training": True}
+
+
+@pytest.fixture(autouse=True)
+def kernels():
+    skip_without("cpp")
+
+
+@pytest.fixture
+def anew(monkeypatch, tmp_path):
+    """As in a new process with empty caches."""
+    monkeypatch.setattr(neighborhood, "_cpp_answer", None)
+    monkeypatch.setattr(neighborhood_cpp, "_library", None)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setattr(neighborhood_cpp.tempfile, "gettempdir", lambda: str(tmp_path))
+    return tmp_path / "extensions"
+
+
+def attend_and_gradients(inputs, kernel_size, backend="cpp"):
+    out = neighborhood_attention(*inputs, kernel_size, backend=backend)
+    return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out) + out.detach())]
+
+
+@pytest.mark.parametrize("shape, kernel_size", [((1, 40, 70, 2, 48), 7), ((2, 33, 64, 1, 128), (5, 21))])
+def test_large_grids(shape, kernel_size):
+    """More bands than one, strips inside and at both borders, channels in all groups; against the tiles in float64."""
+    inputs = tensors(*shape, requires_grad=True)
+    exact = attend_and_gradients([x.detach().double().requires_grad_() for x in inputs], kernel_size, "tiled")
+    for found, expected in zip(attend_and_gradients(inputs, kernel_size), exact, strict=True):
+        assert relative_error(found, expected) < TOLERANCE[torch.float32]
+
+
+def test_strided_inputs_and_large_scores():
+    (packed,) = tensors(2, 20, 12, 3, 2, 16, count=1)
+    packed = (20 * packed).requires_grad_()  # scores of thousands: weights of 0 and 1, nothing that is not finite
+    inputs = [x.transpose(1, 2) for x in packed.unbind(3)]
+    out = neighborhood_attention(*inputs, (3, 5), scale=1.0, backend="cpp")
+    assert relative_error(out, reference(*(x.double() for x in inputs), (3, 5), 1.0)) < TOLERANCE[torch.float32]
+    assert torch.autograd.grad(out.sum(), packed)[0].isfinite().all()
+
+
+def test_neither_threads_nor_the_batch_change_a_bit():
+    inputs = tensors(3, 70, 20, 2, 16, requires_grad=True)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(attend_and_gradients(inputs, 7))
+        alone = attend_and_gradients([x.detach()[1:2].requires_grad_() for x in inputs], 7)
+    finally:
+        torch.set_num_threads(before)
+    for one, two, single in zip(*results, alone, strict=True):
+        assert torch.equal(one, two) and torch.equal(one[1:2], single)
+
+
+def test_processors_without_avx512(anew, monkeypatch):
+    """Eight lanes in place of sixteen; where the processor has no AVX-512, the others are tested by nobody."""
+    flags = [flag for flag in neighborhood_cpp._FLAGS if flag != "-march=native"]
+    monkeypatch.setattr(neighborhood_cpp, "_FLAGS", flags)
+    inputs = tensors(1, 20, 27, 2, 32, requires_grad=True)
+    exact = attend_and_gradients([x.detach().double().requires_grad_() for x in inputs], 7, "tiled")
+    for found, expected in zip(attend_and_gradients(inputs, 7), exact, strict=True):
+        assert relative_error(found, expected) < TOLERANCE[torch.float32]
+    assert len(list(anew.iterdir())) == 1
+
+
+def test_operators_are_registered_right():
+    """Fake results, gradients and tracing, as PyTorch's own checks want them."""
+    inputs = tensors(1, 9, 9, 1, 16, requires_grad=True)
+    torch.library.opcheck(neighborhood_cpp.attend, (*inputs, 3, 5, 0.3))
+    torch._dynamo.reset()
+
+    def step(*inputs):
+        return neighborhood_attention(*inputs, 5, scale=0.4, backend="cpp")
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for size in (9, 12):
+        inputs = tensors(1, size, 9, 1, 16, requires_grad=True)
+        assert torch.equal(compiled(*inputs), step(*inputs))
+
+
+def test_compiled_once_and_kept(anew, monkeypatch):
+    assert unavailable_reason("cpp", **CPU) is None
+    (library,) = anew.iterdir()
+    monkeypatch.setattr(subprocess, "run", None)
+    assert neighborhood_cpp.compiled() == library
+    assert anew.stat().st_mode & 0o077 == 0, "what is found there is run: nobody else writes to it"
+
+
+def test_without_a_compiler(anew, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    inputs = tensors(1, 9, 9, 1, 16)
+    message = "'cpp' cannot run here: its kernels need a C\\+\\+ compiler, and 'no-such-compiler' is missing"
+    with pytest.raises(ValueError, match=message):
+        neighborhood_attention(*inputs, 3, backend="cpp")
+    assert torch.equal(neighborhood_attention(*inputs, 3), neighborhood_attention(*inputs, 3, backend="tiled"))
+
+
+def test_a_compiler_that_fails(anew, monkeypatch):
+    monkeypatch.setattr(neighborhood_cpp, "_FLAGS", (*neighborhood_cpp._FLAGS, "-std=nonsense"))
+    assert "its kernels do not compile: " in unavailable_reason("cpp", **CPU)
+    assert not list(anew.iterdir()), "nothing unfinished is left"
+    assert neighborhood_attention(*tensors(1, 9, 9, 1, 16), 3).isfinite().all()
+
+
+def test_a_home_that_cannot_be_written_to(anew, tmp_path):
+    anew.write_text("a file")
+    assert neighborhood_cpp.compiled().parent == tmp_path / f"diffusers_hdit-{os.getuid()}"
+
+
+def test_processes_that_compile_at_once(tmp_path):
+    code = "from diffusers_hdit import neighborhood_cpp as n; print(n.library() and n.compiled())"
+    env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    paths = {process.communicate()[0].strip() for process in both}
+    assert [process.returncode for process in both] == [0, 0]
+    assert paths == {str(path) for path in tmp_path.iterdir()} and Path(paths.pop()).suffix == ".so"
