@@ -1,12 +1,15 @@
 """oxford-flowers-256 beside its matrix products alone, and beside shifted windows written as in the reference."""
 
+import copy
+from collections import Counter
+from dataclasses import dataclass
 from importlib import util
 
 import torch
 from backends import KERNEL, attention_call, natten_itself
 from matmuls import Replay, record
-from measure import Bench, Table, randomize
-from networks import gradient_call, hdit_of_image, images, training_call
+from measure import Bench, Table
+from networks import forward_call, gradient_call, hdit_of_image, training_call
 from reference_windows import ReferenceNetwork
 
 from diffusers_hdit import HDiTModel, presets
@@ -17,19 +20,42 @@ NETWORK, REFERENCE = "HDiT", "shifted windows as in the reference"
 PRODUCTS, LINEAR = "its matrix products alone", "those of its linear layers alone"
 
 
-def make_networks(bench: Bench) -> tuple[dict[str, torch.nn.Module], int]:
-    """By name, with the size of their images."""
+@dataclass
+class Contender:
+    """`module` has the weights; autocast is to bfloat16, on a CPU (on a GPU all are in bfloat16)."""
+
+    name: str
+    module: torch.nn.Module
+    compiled: bool = False
+    autocast: bool = False
+
+
+def make_contenders(bench: Bench) -> tuple[list[Contender], int]:
+    """With the size of their images. The first is the one that the others are compared with."""
     config = presets.load("tiny" if bench.quick else "oxford-flowers-256")["model"]
     torch.manual_seed(0)
-    model = randomize(HDiTModel(**config)).to(bench.device)
+    model = bench.ready(HDiTModel(**config))
     count = len(config["widths"])
     windows = HDiTModel(**config, attention_types=["shifted_window"] * (count - 1) + ["global"], window_size=8)
     windows = windows.to(bench.device)
     windows.load_state_dict(model.state_dict())
-    networks = {NETWORK: model, "HDiT with shifted windows": windows, REFERENCE: ReferenceNetwork(windows)}
+    reference = ReferenceNetwork(windows)
+    found = [
+        Contender(NETWORK, model),
+        Contender("HDiT with shifted windows", windows),
+        Contender(REFERENCE, reference),
+    ]
+    half = bench.device.type == "cpu"
+    if half:
+        found.append(Contender("HDiT, autocast to bfloat16", model, autocast=True))
     if bench.compile_mode:
-        networks["HDiT, compiled"] = torch.compile(model, mode=bench.compile_mode)
-    return networks, config["sample_size"]
+        found += [
+            Contender("HDiT, compiled", model, compiled=True),
+            Contender(f"{REFERENCE}, compiled", reference, compiled=True),
+        ]
+    if half and bench.compile_mode:
+        found.append(Contender("HDiT, compiled, autocast to bfloat16", model, compiled=True, autocast=True))
+    return found, config["sample_size"]
 
 
 def autocast_to_bfloat16(network):
@@ -40,67 +66,67 @@ def autocast_to_bfloat16(network):
     return run
 
 
-def mode_calls(bench: Bench, mode: str, networks: dict, batch: int, size: int) -> dict:
-    """What the networks do in one mode: "forward", "forward + backward" or "training step"."""
-    if bench.device.type == "cpu":
-        networks = {**networks, "HDiT, autocast to bfloat16": autocast_to_bfloat16(networks[NETWORK])}
-    calls = {}
-    for name, network in networks.items():
-        weights = networks[name if isinstance(network, ReferenceNetwork | HDiTModel) else NETWORK]
-        if mode == "forward":
-            calls[name] = inference_call(bench, network, batch, size)
-        elif mode == "forward + backward":
-            calls[name] = gradient_call(bench, hdit_of_image(network), list(weights.parameters()), batch, size)
-        else:
-            calls[name] = training_call(bench, weights, network, batch, size)
-    return calls
+def mode_call(bench: Bench, mode: str, contender: Contender, batch: int, size: int):
+    """What a network does in one mode: "forward", "forward + backward" or "training step"."""
+    module = contender.module
+    if mode == "forward":
+        module = copy.deepcopy(module).to(bench.dtype)
+    network = torch.compile(module, mode=bench.compile_mode) if contender.compiled else module
+    network = autocast_to_bfloat16(network) if contender.autocast else network
+    if mode == "forward":
+        return forward_call(bench, hdit_of_image(network), batch, size)
+    if mode == "forward + backward":
+        return gradient_call(bench, hdit_of_image(network), list(module.parameters()), batch, size)
+    return training_call(bench, module, network, batch, size)
 
 
-def inference_call(bench: Bench, network, batch: int, size: int):
-    samples, run = images(bench, batch, size), hdit_of_image(network)
-
-    @torch.no_grad()
-    def call():
-        with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.device.type == "cuda"):
-            return run(next(samples))
-
-    return call
+def record_products(bench: Bench, mode: str, contender: Contender, batch: int, size: int) -> Counter:
+    """The products of one call, those of a neighborhood as a product of matrices can have them: tiles and their halos."""
+    contender.module.set_neighborhood_backend("tiled")
+    recorded = record(mode_call(bench, mode, contender, batch, size))
+    contender.module.set_neighborhood_backend(bench.backend)
+    if recorded.opaque:
+        raise RuntimeError(f"products inside of {', '.join(sorted(recorded.opaque))} cannot be counted.")
+    return recorded.products
 
 
 def matmuls_table(bench: Bench) -> Table:
     batch = 2 if bench.device.type == "cpu" else 64
-    networks, size = make_networks(bench)
+    contenders, size = make_contenders(bench)
     table = Table(
         "matmuls",
         f"{'tiny' if bench.quick else 'oxford-flowers-256'} and its matrix products, batch {batch}, "
-        + ("float32" if bench.device.type == "cpu" else "autocast to bfloat16"),
-        ["what", "network", "ms", "HDiT over this", "GMAC"],
+        + ("float32" if bench.device.type == "cpu" else "bfloat16"),
+        ["what", "network", "ms", "HDiT over this", "compiled over this", "this over bfloat16", "GMAC"],
         notes=[
             "The products are recorded from a real call of the same network, shapes and strides, and run alone in the "
-            "same rounds. Attention counts as its products, two forward and four backward, on all keys that its kernel "
-            "is given (a tile of queries and its halo). A training step has the loss, clipping, AdamW and a moving "
-            "average besides."
+            "same rounds. Attention counts as its products, two forward and four backward; those of a neighborhood on 8×8 "
+            "queries and their 14×14 keys, the least that products of matrices can do. A training step has the loss, "
+            "clipping, AdamW and a moving average besides."
         ],
     )
     for mode in ("forward", "forward + backward", "training step"):
-        calls = mode_calls(bench, mode, networks, batch, size)
-        recorded = record(calls[NETWORK])
-        linear = {product: count for product, count in recorded.products.items() if product.kind == "linear"}
-        calls = {
-            **calls,
-            PRODUCTS: Replay(recorded.products, bench.device),
-            LINEAR: Replay(linear, bench.device),
-        }
+        products = record_products(bench, mode, contenders[0], batch, size)
+        linear = {product: count for product, count in products.items() if product.kind == "linear"}
+        calls = {contender.name: mode_call(bench, mode, contender, batch, size) for contender in contenders}
+        calls |= {PRODUCTS: Replay(products, bench.device), LINEAR: Replay(linear, bench.device)}
         gmac = {
             name: sum(product.macs * count for product, count in counts.items()) / 1e9
-            for name, counts in ((PRODUCTS, recorded.products), (LINEAR, linear))
+            for name, counts in ((PRODUCTS, products), (LINEAR, linear))
         }
         times = bench.turns(calls, 2 * bench.seconds)
+        compiled = times.get(f"{NETWORK}, compiled")
         for name, seconds in times.items():
-            ratio = None if name == NETWORK else times[NETWORK].over(seconds)
-            table.add(mode, name, seconds, ratio, gmac.get(name))
-        if recorded.opaque:
-            table.notes.append(f"{mode}: products inside of {', '.join(sorted(recorded.opaque))} are not counted.")
+            half = times.get(f"{name}, autocast to bfloat16")
+            table.add(
+                mode,
+                name,
+                seconds,
+                None if name == NETWORK else times[NETWORK].over(seconds),
+                compiled.over(seconds) if compiled and "compiled" not in name else None,
+                seconds.over(half) if half else None,
+                gmac.get(name),
+            )
         calls.clear()
         bench.forget()
     return table

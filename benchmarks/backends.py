@@ -4,7 +4,7 @@ import math
 from importlib import util
 
 import torch
-from measure import Bench, Samples, Table, free_memory
+from measure import Bench, Samples, Table, copy_bandwidth, free_memory
 from torch import Tensor
 
 from diffusers_hdit.neighborhood import BACKENDS, neighborhood_attention, unavailable_reason
@@ -72,12 +72,19 @@ def backends_table(bench: Bench) -> Table:
         batch, sides = 1, (16, 32)
     else:
         batch, sides = 1 if bench.device.type == "cpu" else 8, (16, 32, 64, 128, 256)
+    bandwidth = copy_bandwidth(bench)
     table = Table(
         "backends",
         f"Neighborhood attention, {KERNEL}×{KERNEL}, batch {batch}, {HEADS} heads of {HEAD_DIM}, {bench.dtype}",
-        ["tokens", "backend", "forward, ms", "over auto", "forward + backward, ms", "over auto"],
-        notes=["Ratios are medians of the ratios of rounds in which all backends take turns."],
-    )
+        [
+            "tokens", "backend", "forward, ms", "over auto", "GB/s", "of its floor", "forward + backward, ms", "over auto"
+        ],
+        notes=[
+            "Ratios are medians of the ratios of rounds in which all backends take turns. GB/s: query, key and value read "
+            "once and the output written once, by the forward pass. Its floor is the time of moving as many bytes by "
+            f"copies, {bandwidth / 1e9:.1f} GB/s in this run; 100% would be as fast."
+        ],
+    )  # fmt: skip
     last: dict[tuple[str, bool], float] = {}
     for side in sides:
         results: dict[str, dict[bool, object]] = {name: {} for name in candidates(bench, False)[0]}
@@ -97,7 +104,7 @@ def backends_table(bench: Bench) -> Table:
                     if last[name, train] <= bench.limit:
                         calls[name] = call
                         continue
-                    why = f"{last[name, train]:.1f} s, once"
+                    why = f"{last[name, train]:.1f} s, one cold call"
                 last[name, train] = math.inf if why.startswith("not run") else last[name, train]
                 results[name][train] = why
             for name, times in bench.turns(calls, bench.seconds).items():
@@ -105,12 +112,16 @@ def backends_table(bench: Bench) -> Table:
             calls.clear()
         # FlexAttention compiles for each size and mode, and PyTorch for so many only.
         bench.forget()
+        moved = 4 * batch * side**2 * HEADS * HEAD_DIM * bench.dtype.itemsize
         for name, by_mode in results.items():
             cells = []
             for train in (False, True):
                 time, auto = by_mode.get(train), results["auto"].get(train)
                 both = name != "auto" and isinstance(time, Samples) and isinstance(auto, Samples)
                 cells += [time, time.over(auto) if both else None]
+                if not train:
+                    speed = moved / time.median if isinstance(time, Samples) else None
+                    cells += [speed and speed / 1e9, speed and f"{speed / bandwidth:.0%}"]
             table.add(f"{side}×{side}", name, *cells)
     return table
 

@@ -89,6 +89,7 @@ class Bench:
     device: torch.device
     quick: bool = False
     compile_mode: str | None = None
+    backend: str = "auto"
     seconds: float = 6.0
     limit: float = 4.0
     least: int = 3
@@ -99,6 +100,13 @@ class Bench:
     def dtype(self) -> torch.dtype:
         """What networks run in: bfloat16 on a GPU, float32 on a CPU."""
         return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+
+    def ready(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """Random weights, on the device, in `dtype` if given, with the chosen kernel of neighborhood attention."""
+        model = randomize(model).to(self.device, dtype)
+        if self.backend != "auto" and hasattr(model, "set_neighborhood_backend"):
+            model.set_neighborhood_backend(self.backend)
+        return model
 
     def flush(self) -> None:
         """Drives what is left of the last call out of a GPU's level-2 cache (a CPU's is left to rotating inputs)."""
@@ -125,7 +133,7 @@ class Bench:
         return time.perf_counter() - begin
 
     def once(self, call: Callable[[], object]) -> float:
-        """Seconds of a call that is warm, unless it takes so long that once is enough."""
+        """Seconds of a call; of the second one, which is warm, unless the first took so long that once is enough."""
         seconds = self.time(call)
         return seconds if seconds > 4 * self.limit else min(seconds, self.time(call))
 

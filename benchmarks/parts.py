@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from measure import Bench, Table, copy_bandwidth, matmul_rate, randomize
+from measure import Bench, Table, copy_bandwidth, matmul_rate
 from torch import Tensor
 
 from diffusers_hdit import HDiTModel, presets
@@ -52,15 +52,17 @@ def block_parts(model: HDiTModel, level: int, batch: int) -> list[Part]:
 
     pairs = batch * attn.kind.query_key_pairs(height, width)
     parts = [
-        Part("norm", lambda value, *_: block.norm1(value, cond), [x, block.norm1.linear.weight]),
+        Part("first norm", lambda value, *_: block.norm1(value, cond), [x, block.norm1.linear.weight]),
         Part("q, k, v", project, [x, *projections], tokens * sum(weight.numel() for weight in projections)),
         Part("cosine scaling, rotary", turn, [heads, heads.clone(), *rotary]),
         Part(f"attention, {model.levels[level].type}", attn.kind, [q, k, heads], 2 * pairs * dim),
         linear("attention out", attn.to_out[0], x),
+        Part("first residual", torch.add, [x, x.clone()]),
+        Part("second norm", lambda value, *_: block.norm2(value, cond), [x, block.norm2.linear.weight]),
         linear("feed-forward up", ff.up_proj, x),
         Part("GEGLU", activate, [hidden]),
         linear("feed-forward down", ff.down_proj, hidden[..., : ff.down_proj.in_features].contiguous()),
-        Part("residual", torch.add, [x, x.clone()]),
+        Part("second residual", torch.add, [x, x.clone()]),
     ]
     # Linear layers are called with their input alone.
     for part in parts:
@@ -81,7 +83,7 @@ def parts_table(bench: Bench) -> Table:
         name, batch = "tiny", 1
     else:
         name, batch = ("oxford-flowers-256", 4) if bench.device.type == "cpu" else ("ffhq-1024", 4)
-    model = randomize(HDiTModel(**presets.load(name)["model"])).to(bench.device, bench.dtype).eval()
+    model = bench.ready(HDiTModel(**presets.load(name)["model"]), bench.dtype).eval()
     bandwidth, rate = copy_bandwidth(bench), matmul_rate(bench, bench.dtype)
     table = Table(
         "parts",

@@ -1,6 +1,6 @@
 """All measurements of speed, as tables in Markdown and JSON.
 
-    python benchmarks/run.py [--quick] [--device cpu|cuda] [--json FILE] [--only backends,parts,...]
+    python benchmarks/run.py [--quick] [--device cpu|cuda] [--json FILE] [--only backends,parts,...] [--backend tiled]
 
     a  backends    neighborhood attention: every backend, dense, and NATTEN itself
     b  parts       a block by its parts, against what the machine copies and multiplies
@@ -24,6 +24,11 @@ from pathlib import Path
 
 import measure
 import torch
+
+
+# This checkout, not a package that happens to be installed.
+sys.path.insert(0, str(measure.SOURCE))
+from diffusers_hdit.neighborhood import BACKENDS  # noqa: E402
 
 
 # Letter, name, the module and the function that makes the table.
@@ -51,6 +56,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=["none", "default", "reduce-overhead", "max-autotune"],
         help="mode of torch.compile in presets and matmuls (default on a GPU: default; on a CPU: none)",
     )
+    parser.add_argument(
+        "--backend", choices=["auto", *BACKENDS], default="auto", help="of neighborhood attention, in b to f"
+    )
     parser.add_argument("--threads", type=int, help="of the processor; by default PyTorch's choice")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -75,7 +83,7 @@ def table_names(text: str) -> list[str]:
 
 def make_bench(args: argparse.Namespace) -> measure.Bench:
     compile_mode = None if args.compile == "none" else args.compile
-    bench = measure.Bench(torch.device(args.device), args.quick, compile_mode)
+    bench = measure.Bench(torch.device(args.device), args.quick, compile_mode, args.backend)
     if args.quick:
         bench.seconds, bench.limit = 0.1, 2.0
     elif args.device == "cuda":
@@ -109,8 +117,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    # This checkout, not a package that happens to be installed.
-    sys.path.insert(0, str(measure.SOURCE))
     # FlexAttention inside of NATTEN, and what compilers say, would come between the tables.
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
