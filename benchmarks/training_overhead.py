@@ -40,6 +40,8 @@ def main() -> None:
         accelerator = train_hdit.make_accelerator(args)
         run = train_hdit.prepare(args, accelerator, train_hdit.open_dataset(args, accelerator))
         bare = copy.deepcopy(run.network)
+        if args.compile != "none":
+            bare.compile(mode=args.compile)
         optimizer = train_hdit.training.make_optimizer(bare, args, accelerator.device)
         batches = iter(train_hdit.open_loader(run))
         train_hdit.open_logs(run)

@@ -155,8 +155,8 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator, dataset) -> Run:
         }
     )
     network.set_gradient_checkpointing_levels(args.checkpointed_levels)
-    if args.compile:
-        network.compile()
+    if args.compile != "none":
+        network.compile(mode=args.compile)
     optimizer = training.make_optimizer(network, args, accelerator.device)
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(dataset) / global_batch)
@@ -287,6 +287,8 @@ def train_step(run: Run, batches: Iterator[dict]) -> None:
     done = []
     for micro_step in range(args.gradient_accumulation_steps):
         batch = run.stopwatch.wait_for(batches)
+        # CUDA graphs may use the last step's memory again.
+        torch.compiler.cudagraph_mark_step_begin()
         if run.has_dropout:
             training.seed_dropout(args.seed, batch["number"][0].item())
         with accelerator.accumulate(run.model):

@@ -48,7 +48,12 @@ def test_wrong_flags(tmp_path, capsys, arguments, message):
         ({"lerning_rate": 1}, "unknown keys: lerning_rate. Allowed: .*learning_rate"),
         ({"learning_rate": "fast"}, "learning_rate: invalid float value: 'fast'"),
         ({"learning_rate": [1e-3]}, r"learning_rate must be a number, got \[0.001\]"),
-        ({"compile": "false"}, "compile must be true or false, got 'false'"),
+        ({"compile": "fast"}, "compile must be one of none, default, reduce-overhead, max-autotune; got 'fast'"),
+        (
+            {"compile": "max-autotune", "gradient_accumulation_steps": 2},
+            "which use the memory of one part's gradients",
+        ),
+        ({"upscale_factor": 2}, "--upscale_factor does nothing without --task upscale"),
         ({"max_train_steps": 2.5}, "max_train_steps must be a whole number, got 2.5"),
         ({"validation_steps": 0}, "validation_steps must be at least 1, got 0"),
         ({"checkpoints_total_limit": -1}, "checkpoints_total_limit must be at least 1, got -1"),

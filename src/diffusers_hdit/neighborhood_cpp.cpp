@@ -21,6 +21,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <type_traits>
+#include <vector>
 
 namespace {
 
@@ -137,9 +139,14 @@ struct Rows {
         pad = round_up(p.kw, LANES);
         ld = round_up(p.w, LANES) + 2 * pad;
         data = buffer((last - first) * d * ld);
-        std::fill_n(data.get(), (last - first) * d * ld, 0.f);
-        for (Index y = first; y < last; y++)
-            by_channels(from.at(image, head, y, 0), from.x, p.w, d, 1.f, data.get() + (y - first) * d * ld + pad, ld);
+        for (Index y = first; y < last; y++) {
+            float* row = data.get() + (y - first) * d * ld;
+            for (Index c = 0; c < d; c++) {
+                std::fill_n(row + c * ld, pad, 0.f);
+                std::fill_n(row + c * ld + ld - pad, pad, 0.f);
+            }
+            by_channels(from.at(image, head, y, 0), from.x, p.w, d, 1.f, row + pad, ld);
+        }
     }
     const float* at(Index y, Index x) const { return data.get() + (y - first) * d * ld + pad + x; }
 };
@@ -147,26 +154,30 @@ struct Rows {
 // LANES queries of a row, from column x on: how far away the keys are that any of them sees.
 struct Strip {
     Index x, count, low, high;  // distances low .. high
-    Mask start;                 // first key of each lane; of the last ones, that are no queries, beyond all keys
+    std::vector<Mask> seen;     // at each distance, the lanes that see a key there
 
     Strip(Index x, const Problem& p) : x(x), count(std::min<Index>(LANES, p.w - x)), low(p.kw), high(-p.kw) {
-        for (Index i = 0; i < LANES; i++) {
-            const Index first = window_start(x + i, p.kw, p.w);
-            start[i] = i < count ? first : p.w + p.kw + LANES;
-            if (i < count) {
-                low = std::min(low, first - (x + i));
-                high = std::max(high, first + p.kw - 1 - (x + i));
-            }
+        for (Index i = x; i < x + count; i++) {
+            low = std::min(low, window_start(i, p.kw, p.w) - i);
+            high = std::max(high, window_start(i, p.kw, p.w) + p.kw - 1 - i);
         }
-    }
-    Mask sees(Index distance, Index kw) const {
-        Mask offset;
-        for (int i = 0; i < LANES; i++) offset[i] = x + i + distance;
-        offset -= start;
-        return (offset >= 0) & (offset < static_cast<std::int32_t>(kw));
+        for (Index distance = low; distance <= high; distance++) {
+            Mask sees = {};
+            for (Index i = 0; i < count; i++) {
+                const Index offset = x + i + distance - window_start(x + i, p.kw, p.w);
+                sees[i] = offset >= 0 && offset < p.kw ? -1 : 0;
+            }
+            seen.push_back(sees);
+        }
     }
     Index distances() const { return high - low + 1; }
 };
+
+std::vector<Strip> strips_of(const Problem& p) {
+    std::vector<Strip> strips;
+    for (Index x = 0; x < p.w; x += LANES) strips.emplace_back(x, p);
+    return strips;
+}
 
 // Scores or weights of a strip: for each row of keys, LANES numbers for each distance, and a zero before and behind,
 // so that two neighbours can be summed up together over all that either of them sees.
@@ -312,7 +323,7 @@ Vec reciprocal_of_softmax(const Strip& strip, const Weights& weights, const Prob
     const Index distances = strip.distances();
     Vec top = all(NEVER), sum = {};
     for (Index i = 0; i < distances; i++) {
-        const Mask seen = strip.sees(strip.low + i, p.kw);
+        const Mask seen = strip.seen[i];
         for (Index y = 0; y < p.kh; y++) {
             float* score = weights.row(y) + i * LANES;
             const Vec masked = seen ? load(score) : all(NEVER);
@@ -321,7 +332,7 @@ Vec reciprocal_of_softmax(const Strip& strip, const Weights& weights, const Prob
         }
     }
     for (Index i = 0; i < distances; i++) {
-        const Mask seen = strip.sees(strip.low + i, p.kw);
+        const Mask seen = strip.seen[i];
         for (Index y = 0; y < p.kh; y++) {
             float* score = weights.row(y) + i * LANES;
             const Vec weight = seen ? exp2(load(score) - top) : Vec{};
@@ -359,16 +370,17 @@ extern "C" void forward(const float* query, const float* key, const float* value
     const Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]};
     const In q(query, strides), k(key, strides + 4), v(value, strides + 8);
     const Out o(out, strides + 12);
+    const auto strips = strips_of(p);
     // Short bands where there are few of them for the processors: each brings its halo into order anew.
-    const Index height = std::clamp<Index>(p.B * p.n * p.h / (3 * at::get_num_threads()), 4, 16);
+    const Index height = std::clamp<Index>(p.B * p.n * p.h / (3 * at::get_num_threads()), 4, 32);
     for_bands(p, height, 0, 1, [&](const Band& band) {
         const Rows keys(k, band.image, band.head, band.first_key, band.last_key, p);
         const Buffer queries = buffer(ROWS * p.d * LANES);
         Weights one(p), other(p);
         Weights* weights[] = {&one, &other};
         for (Index y = band.first; y < band.last; y += ROWS)
-            for (Index x = 0; x < p.w; x += LANES) {
-                const Strip strip(x, p);
+            for (const Strip& strip : strips) {
+                const Index x = strip.x;
                 const Index rows = std::min<Index>(ROWS, band.last - y);
                 Index starts[ROWS];
                 const float* by_row[ROWS];
@@ -401,6 +413,7 @@ extern "C" void backward(const float* query, const float* key, const float* valu
     const In q(query, strides), k(key, strides + 4), v(value, strides + 8);
     const In o(out, strides + 12), g(gradient, strides + 16);
     const Out dq(d_query, strides + 12), dk(d_key, strides + 12), dv(d_value, strides + 12);
+    const auto strips = strips_of(p);
     const auto work = [&](const Band& band) {
         const Index image = band.image, head = band.head;
         const Rows keys(k, image, head, band.first_key, band.last_key, p);
@@ -409,8 +422,8 @@ extern "C" void backward(const float* query, const float* key, const float* valu
         Weights one(p), other(p), d_one(p), d_other(p);
         Weights *weights[] = {&one, &other}, *d_weights[] = {&d_one, &d_other};
         for (Index y = band.first; y < band.last; y += ROWS)
-            for (Index x = 0; x < p.w; x += LANES) {
-                const Strip strip(x, p);
+            for (const Strip& strip : strips) {
+                const Index x = strip.x;
                 const Index rows = std::min<Index>(ROWS, band.last - y);
                 Index starts[ROWS];
                 const float *by_row[ROWS], *g_by_row[ROWS];
@@ -439,7 +452,7 @@ extern "C" void backward(const float* query, const float* key, const float* valu
                         for (int j = 0; j < LANES; j++) mean[i] += product[j];
                     }
                     for (Index i = 0; i < strip.distances(); i++) {
-                        const Mask seen = strip.sees(strip.low + i, p.kw);
+                        const Mask seen = strip.seen[i];
                         for (Index j = 0; j < p.kh; j++) {
                             float* weight = weights[r]->row(j) + i * LANES;
                             float* d_weight = d_weights[r]->row(j) + i * LANES;

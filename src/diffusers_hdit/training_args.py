@@ -23,6 +23,8 @@ SETTINGS = ("seed", "learning_rate", "mapping_lr_scale", "lr_scheduler", "adam_b
             "augment_prob", "label_dropout", "noise_density", "noise_density_params", "loss_weighting", "buckets",
             "streaming", "task", "model_type", "upscale_factor", "max_conditioning_noise", "max_grad_norm", "lr_warmup_steps")  # fmt: skip
 OF_METRICS = ("metrics", "metrics_images", "metrics_steps", "feature_network", "feature_weights")
+# Modes of torch.compile that do.
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -97,7 +99,8 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     run("--allow_tf32", action=yes_no, default=True)
     run("--gradient_checkpointing", nargs="?", const="all", default="none", type=levels, metavar="LEVELS",
         help="less memory, about a third more time: all levels, or some, such as 0,1 (0 is the outermost)")  # fmt: skip
-    run("--compile", action=yes_no, default=False, help="torch.compile the model")
+    run("--compile", nargs="?", const="default", default="none", choices=["none", "default", *CUDA_GRAPHS],
+        help="torch.compile the model; the modes but default replay CUDA graphs")  # fmt: skip
     run("--seed", type=int, default=0)
 
     out = parser.add_argument_group("saving and looking").add_argument
@@ -277,6 +280,7 @@ def check_types(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 def check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Flags that need, or forbid, each other."""
+    default = make_parser().get_default  # not the one at hand, whose defaults are what presets and config files say
     if (args.train_data_dir is None) == (args.dataset_name is None):
         parser.error("give either --train_data_dir or --dataset_name.")
     hub_flags = [name for name in ("hub_model_id", "hub_token", "hub_private_repo") if getattr(args, name)]
@@ -289,14 +293,19 @@ def check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     if args.ema_snapshot_steps and not args.ema_lengths:
         parser.error("--ema_snapshot_steps keeps snapshots of the averages that --ema_lengths names; name some.")
     for name in ("upscale_factor", "max_conditioning_noise"):
-        if args.task != "upscale" and getattr(args, name) != parser.get_default(name):
+        if args.task != "upscale" and getattr(args, name) != default(name):
             parser.error(f"--{name} does nothing without --task upscale.")
-    if args.model_type != "hdit" and args.mapping_lr_scale != parser.get_default("mapping_lr_scale"):
+    if args.model_type != "hdit" and args.mapping_lr_scale != default("mapping_lr_scale"):
         parser.error(
             f"--mapping_lr_scale is for HDiT's mapping network, which --model_type {args.model_type} has not."
         )
     if args.model_type == "dit" and args.buckets:
         parser.error("--buckets needs a network that takes several sizes; --model_type dit takes one square size.")
+    if args.compile in CUDA_GRAPHS and args.gradient_accumulation_steps > 1:
+        parser.error(
+            f"--compile {args.compile} replays CUDA graphs, which use the memory of one part's gradients again for the "
+            "next part's: with --gradient_accumulation_steps, take --compile default."
+        )
     if args.upscale_factor < 2:
         parser.error(f"upscale_factor must be at least 2, got {args.upscale_factor}.")
     if args.condition_statistics and not args.condition_columns:
@@ -321,7 +330,7 @@ def check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 
 def check_metrics_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    changed = [name for name in OF_METRICS if getattr(args, name) != parser.get_default(name)]
+    changed = [name for name in OF_METRICS if getattr(args, name) != make_parser().get_default(name)]
     if not args.metrics_every:
         if changed:
             parser.error(f"--{changed[0]} does nothing without --metrics_every.")
