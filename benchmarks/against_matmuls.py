@@ -85,7 +85,7 @@ def mode_call(bench: Bench, mode: str, contender: Contender, batch: int, size: i
 
 
 def record_products(bench: Bench, mode: str, contender: Contender, batch: int, size: int) -> Counter:
-    """The products of one call, those of a neighborhood as a product of matrices can have them: tiles and their halos."""
+    """The products of one call, those of a neighborhood on tiles and their halos."""
     contender.module.set_neighborhood_backend("tiled")
     recorded = record(mode_call(bench, mode, contender, batch, size))
     contender.module.set_neighborhood_backend(bench.backend)
@@ -105,7 +105,7 @@ def matmuls_table(bench: Bench) -> Table:
         notes=[
             "The products are recorded from a real call of the same network, shapes and strides, and run alone in the "
             "same rounds. Attention counts as its products, two forward and four backward; those of a neighborhood on 8×8 "
-            "queries and their 14×14 keys, the least that products of matrices can do. A training step has the loss, "
+            "queries and their 14×14 keys, as the tiled kernel has them. A training step has the loss, "
             "clipping, AdamW and a moving average besides."
         ],
     )

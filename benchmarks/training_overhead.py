@@ -1,4 +1,4 @@
-"""What the training example costs over the bare network: one step of each in turn, and the ratio of the medians.
+"""What the training example costs over the bare network: one step of each in turn, and the median of the ratios.
 
     python benchmarks/training_overhead.py [--steps 30] [any flag of examples/train_hdit.py]
 
@@ -74,7 +74,9 @@ def main() -> None:
     for name, seconds in times.items():
         print(f"{name:<32}{str(seconds):>32} ms   (middle half)")
     bare, whole = times.values()
-    print(f"overhead: {whole.median / bare.median - 1:+.1%}")
+    ratio = whole.over(bare)
+    low, high = ratio.middle_half
+    print(f"overhead: {ratio.median - 1:+.1%} ({low - 1:+.1%} to {high - 1:+.1%})")
 
 
 if __name__ == "__main__":

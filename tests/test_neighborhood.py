@@ -1,5 +1,7 @@
 """Every backend against a loop over queries in float64, forward and backward."""
 
+import os
+import shutil
 import sys
 import threading
 import types
@@ -69,9 +71,10 @@ def flex_on_cpu():
 
 
 def skip_without(backend, dtype=torch.float32):
-    reason = unavailable_reason(backend, device="cpu", dtype=dtype, head_dim=16, training=True)
-    if reason is not None:
-        pytest.skip(reason)
+    """Where it cannot be: a kernel that should compile and does not is no reason."""
+    missing = sys.platform != "linux" or shutil.which(os.environ.get("CXX") or "g++") is None
+    if backend == "cpp" and (missing or dtype == torch.float64):
+        pytest.skip("no compiler, or no kernels in float64")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

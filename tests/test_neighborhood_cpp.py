@@ -55,6 +55,50 @@ def test_strided_inputs_and_large_scores():
     assert torch.autograd.grad(out.sum(), packed)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_scales_that_are_not_positive(scale):
+    inputs = tensors(2, 9, 20, 1, 16)
+    out = neighborhood_attention(*inputs, (3, 17), scale=scale, backend="cpp")
+    assert relative_error(out, reference(*(x.double() for x in inputs), (3, 17), scale)) < TOLERANCE[torch.float32]
+    half = [x.half() for x in inputs]
+    out = neighborhood_attention(*half, (3, 17), scale=scale, backend="cpp")
+    assert relative_error(out, reference(*(x.double() for x in half), (3, 17), scale)) < 1e-3
+    assert neighborhood_attention(*(x[:0] for x in inputs), 3, backend="cpp").shape == (0, 9, 20, 1, 16)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", range(3))
+def test_what_is_not_finite_stays_so(which, number):
+    """A step with such numbers is left out of a training, which has to see them."""
+    inputs = tensors(1, 20, 33, 1, 16)
+    inputs[which][0, 9, 17, 0, 3] = number
+    inputs = [x.requires_grad_() for x in inputs]
+    out, *gradients = attend_and_gradients(inputs, 7)
+    near = torch.zeros(20, 33, dtype=torch.bool)
+    near[6:13, 14:21] = True  # queries that see the token; besides them, nothing but a neighbour in the same pair
+    bad = ~out[0, :, :, 0].isfinite().all(-1)
+    # A key that is infinitely far the wrong way has the weight 0.
+    expected = near[bad].any() if which == 1 and number == float("inf") else bad[near].all() if which else bad[9, 17]
+    assert expected and not bad[:5].any() and not bad[:, :12].any()
+    assert not all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_gradients_of_strided_tensors():
+    (packed,) = tensors(2, 20, 12, 3, 2, 16, count=1)
+    packed.requires_grad_()
+    found, expected = (
+        torch.autograd.grad(attend(packed.to(dtype)).square().sum(), packed)[0]
+        for attend, dtype in (
+            (
+                lambda x: neighborhood_attention(*(y.transpose(1, 2) for y in x.unbind(3)), (3, 5), backend="cpp"),
+                torch.float32,
+            ),
+            (lambda x: reference(*(y.transpose(1, 2) for y in x.unbind(3)), (3, 5), 0.25), torch.float64),
+        )
+    )
+    assert relative_error(found, expected) < TOLERANCE[torch.float32]
+
+
 def test_neither_threads_nor_the_batch_change_a_bit():
     inputs = tensors(3, 70, 20, 2, 16, requires_grad=True)
     before = torch.get_num_threads()
@@ -101,7 +145,11 @@ def test_compiled_once_and_kept(anew, monkeypatch):
     (library,) = anew.iterdir()
     monkeypatch.setattr(subprocess, "run", None)
     assert neighborhood_cpp.compiled() == library
-    assert anew.stat().st_mode & 0o077 == 0, "what is found there is run: nobody else writes to it"
+    assert anew.stat().st_mode & 0o077 == 0
+    anew.chmod(0o777)
+    assert neighborhood_cpp._folders()[0] == anew
+    with pytest.raises(PermissionError, match="others than this user may write to it"):
+        neighborhood_cpp._compile("g++", [], anew, library.name)
 
 
 def test_without_a_compiler(anew, monkeypatch):

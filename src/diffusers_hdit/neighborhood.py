@@ -70,6 +70,10 @@ def neighborhood_attention(
             grid, an unknown backend, or a named backend that cannot run on these tensors.
     """
     kernel = _checked_kernel(query, key, value, kernel_size)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    whole_grid = kernel == tuple(query.shape[1:3])
+    if whole_grid and backend == "auto":
+        return whole_grid_attention(query, key, value, scale)
     training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     for name in ("natten", "cpp", "tiled") if backend == "auto" else (backend,):
         reason = unavailable_reason(
@@ -85,8 +89,7 @@ def neighborhood_attention(
     else:
         raise ValueError(reason)
 
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if kernel == tuple(query.shape[1:3]):
+    if whole_grid:
         return whole_grid_attention(query, key, value, scale)
     return _IMPLEMENTATIONS[name](query, key, value, kernel, scale)
 
@@ -576,11 +579,8 @@ def _cpp_library_problem() -> str:
         try:
             package_module("neighborhood_cpp").library()
             _cpp_answer = ""
-        except (
-            ImportError,
-            OSError,
-            RuntimeError,
-        ) as error:  # no package around the code of a repository, among others
+        # Among others: no package around the code of a repository.
+        except (ImportError, OSError, RuntimeError) as error:
             _cpp_answer = str(error)
     return _cpp_answer
 

@@ -13,6 +13,10 @@
 //
 // Shapes: B images, h x w tokens, n heads, d channels (a multiple of 16, next to each other), kh x kw window.
 
+#if defined(__clang__) || !defined(__GNUC__)
+#error "GCC is needed: PyTorch's threads are those of GCC's OpenMP"
+#endif
+
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -34,32 +38,33 @@ constexpr int LANES = 16, ROWS = 2;
 constexpr int LANES = 8, ROWS = 1;
 #endif
 constexpr int GROUP = 8;  // distances whose scores are kept in registers together
-constexpr float NEVER = -1e30f;
+constexpr float NEVER = -INFINITY;
 
 typedef float Vec __attribute__((vector_size(4 * LANES), may_alias));
 typedef float VecAnywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef std::int32_t Mask __attribute__((vector_size(4 * LANES), may_alias));
+typedef std::uint32_t Bits __attribute__((vector_size(4 * LANES), may_alias));
 
 inline Vec load(const float* p) { return *reinterpret_cast<const VecAnywhere*>(p); }
 inline void store(float* p, Vec x) { *reinterpret_cast<VecAnywhere*>(p) = x; }
 inline Vec all(float x) { return Vec{} + x; }
-inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }  // b if either is NaN
 
-// 2^x for x <= 0 and a little above; the Taylor series of 2^f, |f| <= 1/2, up to f^7: 1e-8.
+// 2^x for x <= 0 and a little above, NaN for NaN; the Taylor series of 2^f, |f| <= 1/2, up to f^7: 1e-8.
 inline Vec exp2(Vec x) {
     const Vec shift = all(12582912.f);  // 1.5 * 2^23: the last bits of x + shift are x rounded
-    x = larger(x, all(-126.f));
+    x = larger(all(-126.f), x);
     const Vec rounded = x + shift, f = x - (rounded - shift);
     Vec p = all(1.5252734e-5f);
     for (float c : {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f})
         p = p * f + c;
-    Mask bits, exponent, offset;
+    Bits bits, exponent, offset;
     std::memcpy(&bits, &p, sizeof bits);
     std::memcpy(&exponent, &rounded, sizeof exponent);
     std::memcpy(&offset, &shift, sizeof offset);
     bits += (exponent - offset) << 23;
     std::memcpy(&p, &bits, sizeof p);
-    return p;
+    return x == x ? p : x;
 }
 
 struct Problem {
@@ -96,12 +101,6 @@ Buffer buffer(Index count) {
 
 // LANES x LANES: the low and high halves of pairs of rows are interleaved as often as LANES can be halved.
 inline void transpose(Vec (&x)[LANES]) {
-#if defined(__clang__)
-    float flat[LANES][LANES];
-    std::memcpy(flat, x, sizeof flat);
-    for (int i = 0; i < LANES; i++)
-        for (int j = 0; j < LANES; j++) x[i][j] = flat[j][i];
-#else
     Mask low, high;
     for (int i = 0; i < LANES; i++) {
         low[i] = i / 2 + (i % 2) * LANES;
@@ -115,7 +114,6 @@ inline void transpose(Vec (&x)[LANES]) {
         }
         std::memcpy(x, y, sizeof y);
     }
-#endif
 }
 
 // `count` tokens, `stride` apart, to channel-by-channel order (d, ld), times `factor`; zeros fill up the last LANES.
@@ -310,7 +308,7 @@ void sum_over_queries(const Strip& strip, const Weights& weights, Index start, c
         }
 }
 
-// Calls f.template operator()<V>(c) for all channels, V vectors at a time.
+// Calls f(V, c) for all channels, V vectors from channel c on at a time; V is a constant.
 template <typename F>
 void for_channels(Index d, F f) {
     Index c = 0;
@@ -361,7 +359,6 @@ void for_bands(const Problem& p, Index height, Index offset, Index step, F work)
         }
     });
 }
-
 
 }  // namespace
 

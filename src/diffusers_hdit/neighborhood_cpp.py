@@ -1,8 +1,8 @@
 """Neighborhood attention on the CPU in C++ (`neighborhood_cpp.cpp`), compiled when it is first used.
 
-The library is kept in `TORCH_EXTENSIONS_DIR`, else in `~/.cache/diffusers_hdit` (`XDG_CACHE_HOME`), under a name that
-says what it was made of: source, flags, compiler, PyTorch and processor. It computes in float32; other dtypes are
-converted. Threads are PyTorch's own.
+The library is kept in `TORCH_EXTENSIONS_DIR`, else in `~/.cache/diffusers_hdit/kernels` (`XDG_CACHE_HOME`), under a name
+that says what it was made of: source, flags, compiler, PyTorch and processor. It computes in float32; float16 and bfloat16
+are converted. Threads are PyTorch's own.
 
 Shapes: as in `neighborhood.py`.
 """
@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,6 @@ from torch import Tensor
 
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CHANNELS = 16  # of whose multiples the kernels take heads
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
 
@@ -59,19 +59,24 @@ def compiled() -> Path:
 
 
 def _compile(compiler: str, flags: list[str], folder: Path, name: str) -> Path:
-    # Nobody else's folder: the library that is found in it is run.
+    # The library that is found in it is run: nobody else may write there, and no link of somebody's may lead elsewhere.
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise PermissionError(f"{folder} belongs to somebody else")
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(f"{folder} is a link, or others than this user may write to it")
     if (folder / name).is_file():
         return folder / name
     handle, unfinished = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     try:
-        done = subprocess.run([compiler, str(SOURCE), "-o", unfinished, *flags], capture_output=True, text=True)
+        done = subprocess.run(
+            [compiler, str(SOURCE), "-o", unfinished, *flags], capture_output=True, text=True, errors="replace"
+        )
         if done.returncode:
-            said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
-            raise RuntimeError(f"its kernels do not compile: {compiler} says {' '.join(said[:3])}")
+            said = [line for line in done.stderr.splitlines() if "error" in line] or [
+                f"it ended with {done.returncode}"
+            ]
+            raise RuntimeError(f"its kernels do not compile: {compiler} says {' '.join(said[:2])}")
         os.replace(unfinished, folder / name)  # whole or not at all: other processes compile too
     finally:
         Path(unfinished).unlink(missing_ok=True)
@@ -88,8 +93,10 @@ def _paths() -> list[str]:
 
 def _folders() -> list[Path]:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    first = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(cache, "diffusers_hdit")
-    return [Path(first), Path(tempfile.gettempdir()) / f"diffusers_hdit-{os.getuid()}"]
+    own = os.environ.get("TORCH_EXTENSIONS_DIR")
+    folders = [Path(own).absolute() if own else Path(cache, "diffusers_hdit", "kernels")]
+    folders.append(Path(tempfile.gettempdir()) / f"diffusers_hdit-{os.getuid()}")
+    return [folder for folder in folders if folder.is_absolute()]  # a user without a home has "~"
 
 
 def _processor() -> str:
@@ -133,11 +140,11 @@ def _call(function: str, tensors: tuple, strided: tuple, kh: int, kw: int, scale
 
 
 # One name for the whole process: unlike `neighborhood.py`, this file is not carried along with saved models.
-@torch.library.custom_op("diffusers_hdit::cpp_neighborhood_attention", mutates_args=())
+@torch.library.custom_op("diffusers_hdit::cpp_neighborhood_attention", mutates_args=(), device_types="cpu")
 def attend(query: Tensor, key: Tensor, value: Tensor, kh: int, kw: int, scale: float) -> tuple[Tensor, Tensor]:
     """
     Args:
-        query, key, value: `(B, h, w, n, d)`, any strides, a dtype of `DTYPES`.
+        query, key, value: `(B, h, w, n, d)` on the CPU, any strides, float32, float16 or bfloat16.
         kh, kw: window in tokens, odd, at most h and w.
         scale: factor on the scores.
 
@@ -157,7 +164,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, kh: int, kw: int, scale: float)
     return query.new_empty(query.shape), query.new_empty((b, n, h, w), dtype=torch.float32)
 
 
-@torch.library.custom_op("diffusers_hdit::cpp_neighborhood_attention_backward", mutates_args=())
+@torch.library.custom_op("diffusers_hdit::cpp_neighborhood_attention_backward", mutates_args=(), device_types="cpu")
 def attend_backward(
     gradient: Tensor,
     query: Tensor,

@@ -23,7 +23,7 @@ SETTINGS = ("seed", "learning_rate", "mapping_lr_scale", "lr_scheduler", "adam_b
             "augment_prob", "label_dropout", "noise_density", "noise_density_params", "loss_weighting", "buckets",
             "streaming", "task", "model_type", "upscale_factor", "max_conditioning_noise", "max_grad_norm", "lr_warmup_steps")  # fmt: skip
 OF_METRICS = ("metrics", "metrics_images", "metrics_steps", "feature_network", "feature_weights")
-# Modes of torch.compile that do.
+# Modes of torch.compile with CUDA graphs.
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -100,7 +100,7 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     run("--gradient_checkpointing", nargs="?", const="all", default="none", type=levels, metavar="LEVELS",
         help="less memory, about a third more time: all levels, or some, such as 0,1 (0 is the outermost)")  # fmt: skip
     run("--compile", nargs="?", const="default", default="none", choices=["none", "default", *CUDA_GRAPHS],
-        help="torch.compile the model; the modes but default replay CUDA graphs")  # fmt: skip
+        help="torch.compile the model; all modes but default replay CUDA graphs, on a GPU")  # fmt: skip
     run("--seed", type=int, default=0)
 
     out = parser.add_argument_group("saving and looking").add_argument
@@ -243,6 +243,8 @@ def tidy(args: argparse.Namespace) -> None:
         args.condition_columns = flat
     if not isinstance(args.noise_density_params, dict):
         args.noise_density_params = dict(args.noise_density_params)
+    if isinstance(args.compile, bool):
+        args.compile = "default" if args.compile else "none"
     if isinstance(args.gradient_checkpointing, bool):
         args.gradient_checkpointing = "all" if args.gradient_checkpointing else "none"
     elif isinstance(args.gradient_checkpointing, list):
