@@ -366,6 +366,7 @@ def test_profile_of_activation_memory_is_what_autograd_keeps(axis):
     # A small kernel: blocks share the mask of their tiles, which a profile counts for each of them.
     config = {**SMALL, **axis, "kernel_size": 3}
     model = HDiTModel(**config).bfloat16()
+    model.set_neighborhood_backend("tiled")
     assert profile_model(config).activation_bytes == pytest.approx(kept_bytes(model), rel=0.1)
 
 
