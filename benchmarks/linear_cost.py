@@ -14,7 +14,8 @@ import torch
 from measure import Bench, keep_memory
 
 from diffusers_hdit.configuration_hdit import resolve_levels
-from diffusers_hdit.modeling_hdit import axial_positions, axial_rotary_tables, make_blocks
+from diffusers_hdit.cosine import axial_positions, axial_rotary_tables
+from diffusers_hdit.modeling_hdit import make_blocks
 
 
 def call_of(level, grid, conditioning, device, train: bool):

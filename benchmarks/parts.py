@@ -9,6 +9,7 @@ from measure import Bench, Table, copy_bandwidth, matmul_rate
 from torch import Tensor
 
 from diffusers_hdit import HDiTModel, presets
+from diffusers_hdit.cosine import cosine_similarity
 
 
 @dataclass
@@ -26,14 +27,13 @@ def block_parts(model: HDiTModel, level: int, batch: int) -> list[Part]:
     blocks = model.down_blocks[level] if level < len(model.down_blocks) else model.transformer_blocks
     block, device, dtype = blocks[0], model.device, model.dtype
     height, width = (size // patch >> level for size, patch in zip(model.sample_size, model.patch_size, strict=True))
-    rotary = model.rotary_tables(height << level, width << level, device)[level]
     shape = (batch, height, width)
     dim, tokens = model.levels[level].width, batch * height * width
     cond = torch.randn(batch, model.config.mapping_width, device=device, dtype=dtype)
     x, attn, ff = torch.randn(*shape, dim, device=device, dtype=dtype), block.attn, block.ff
     heads = x.unflatten(-1, (-1, attn.head_dim))
-    q = attn.prepare(torch.randn_like(heads), attn.scale, rotary)
-    k = attn.prepare(torch.randn_like(heads), attn.scale, rotary)
+    rotary = model.rotary_tables(height << level, width << level, x)[level]
+    qkv = [torch.randn_like(heads) for _ in range(3)]
     hidden = torch.randn(*shape, 2 * ff.down_proj.in_features, device=device, dtype=dtype)
     projections = [attn.to_q.weight, attn.to_k.weight, attn.to_v.weight]
 
@@ -44,7 +44,10 @@ def block_parts(model: HDiTModel, level: int, batch: int) -> list[Part]:
         return attn.to_q(value), attn.to_k(value), attn.to_v(value)
 
     def turn(query: Tensor, key: Tensor, *_) -> tuple[Tensor, Tensor]:
-        return attn.prepare(query, attn.scale, rotary), attn.prepare(key, attn.scale, rotary)
+        return cosine_similarity(query, attn.scale, rotary), cosine_similarity(key, attn.scale, rotary)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *_) -> Tensor:
+        return attn.kind(query, key, value, attn.scale, rotary)
 
     def activate(value: Tensor) -> Tensor:
         value, gate = value.chunk(2, dim=-1)
@@ -54,8 +57,8 @@ def block_parts(model: HDiTModel, level: int, batch: int) -> list[Part]:
     parts = [
         Part("first norm", lambda value, *_: block.norm1(value, cond), [x, block.norm1.linear.weight]),
         Part("q, k, v", project, [x, *projections], tokens * sum(weight.numel() for weight in projections)),
-        Part("cosine scaling, rotary", turn, [heads, heads.clone(), *rotary]),
-        Part(f"attention, {model.levels[level].type}", attn.kind, [q, k, heads], 2 * pairs * dim),
+        Part(f"attention, {model.levels[level].type}", attend, [*qkv, *rotary], 2 * pairs * dim),
+        Part("of it: scaling, rotary, if by themselves", turn, [*qkv[:2], *rotary]),
         linear("attention out", attn.to_out[0], x),
         Part("first residual", torch.add, [x, x.clone()]),
         Part("second norm", lambda value, *_: block.norm2(value, cond), [x, block.norm2.linear.weight]),

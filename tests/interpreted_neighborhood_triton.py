@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_neighborhood import TOLERANCE, reference, relative_error, tensors
+from test_neighborhood import TOLERANCE, check_cosine_attention, cosine_inputs, reference, relative_error, tensors
 
 from diffusers_hdit import neighborhood, neighborhood_triton
 from diffusers_hdit.neighborhood import neighborhood_attention, unavailable_reason
@@ -51,6 +51,25 @@ def test_values_and_gradients(b, h, w, n, d, kernel_size, dtype):
             assert found.abs().max() <= TOLERANCE[dtype] * d
         else:
             assert relative_error(found, grad) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    "b, h, w, n, d, pairs, kernel_size",
+    [
+        pytest.param(2, 13, 10, 2, 16, 4, 5, id="odd-sizes-batch-heads"),
+        pytest.param(1, 16, 17, 1, 64, 16, 7, id="the-model's"),
+        pytest.param(1, 9, 10, 2, 16, 0, (3, 5), id="no-rotation"),
+        pytest.param(1, 9, 10, 1, 32, 5, 3, id="pairs-filled-up"),
+        pytest.param(1, 8, 9, 1, 16, 8, 1, id="all-channels-turned-kernel-of-one"),
+    ],
+)
+def test_scaled_and_turned_on_load(b, h, w, n, d, pairs, kernel_size):
+    check_cosine_attention("triton", b, h, w, n, d, pairs, kernel_size, 5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_scaled_and_turned_in_half_precision(dtype):
+    check_cosine_attention("triton", 2, 9, 10, 2, 16, 4, 5, TOLERANCE[dtype], dtype)
 
 
 def test_large_scores():
@@ -108,13 +127,17 @@ def test_same_bits_again_and_under_gradient_checkpointing():
         assert torch.equal(x, y)
 
 
-def test_operators_are_what_they_say():
+@pytest.mark.parametrize("pairs", [None, 4])
+def test_operators_are_what_they_say(pairs):
     """Shapes without data, gradients and traces, by PyTorch's own check."""
-    query, key, value = tensors(1, 9, 8, 1, 16, requires_grad=True)
-    torch.library.opcheck(neighborhood_triton.attend, (query, key, value, 3, 5, 0.5))
-    query, key, value = (x.detach() for x in (query, key, value))
-    out, lse = neighborhood_triton.attend(query, key, value, 3, 5, 0.5)
-    torch.library.opcheck(neighborhood_triton.attend_backward, (out, query, key, value, out, lse, 3, 5, 0.5))
+    (*inputs, scale), angles = cosine_inputs(1, 9, 8, 1, 16, pairs)
+    inputs += (
+        [None] * 3 if pairs is None else [scale.detach().requires_grad_(), angles.cos().float(), angles.sin().float()]
+    )
+    torch.library.opcheck(neighborhood_triton.attend, (*inputs, 3, 5, 0.5))
+    inputs = [x if x is None else x.detach() for x in inputs]
+    out, lse = neighborhood_triton.attend(*inputs, 3, 5, 0.5)
+    torch.library.opcheck(neighborhood_triton.attend_backward, (out, *inputs, out, lse, 3, 5, 0.5))
 
 
 @pytest.mark.parametrize("compiler, sizes", [("inductor", [(7, 8)]), ("aot_eager", [(7, 8), (9, 10)])])
@@ -154,9 +177,10 @@ def test_the_model_uses_it(make_model, monkeypatch):
     for name, grad in grads["dense"].items():
         assert (grads["triton"][name] - grad).norm() <= 1e-4 * grad.norm() + 1e-7, name
     calls = []
-    monkeypatch.setitem(neighborhood._IMPLEMENTATIONS, "triton", lambda query, *_: calls.append(1) or query)
+    monkeypatch.setattr(neighborhood, "_own_kernels", lambda *args: calls.append(args) or args[1])
     model(sample, timestep)
     assert len(calls) == 2  # the level's blocks on the way down and up
+    assert all(norm is not None and rotary is not None for *_, norm, rotary in calls)
 
 
 def test_may_run_on_the_cpu():

@@ -140,7 +140,7 @@ def test_axial_against_dense_float64(dtype, tolerance):
     def reference(query, key, value):
         return masked_attention(query, key, masked_attention(query, key, value, same_row), same_column)
 
-    found = value_and_gradients(AxialAttention(), *attention_inputs(*grid, dtype))
+    found = value_and_gradients(AxialAttention().attend, *attention_inputs(*grid, dtype))
     expected = value_and_gradients(reference, *(x.double() for x in attention_inputs(*grid, dtype)))
     for value, target in zip(found, expected, strict=True):
         assert relative_error(value, target) < tolerance

@@ -9,7 +9,7 @@ from diffusers import EDMDPMSolverMultistepScheduler
 from running import EXAMPLES, load_example, run, start
 
 from diffusers_hdit import HDiTModel, HDiTPipeline, extrapolation
-from diffusers_hdit.modeling_hdit import axial_positions
+from diffusers_hdit.cosine import axial_positions
 
 
 TINY = {**SMALL, "sample_size": 16, "widths": (16, 16), "depths": (1, 1), "augment_cond_dim": 0}
@@ -36,14 +36,14 @@ def test_positions_keep_their_spacing():
 def test_rotations_at_trained_spacing_are_those_of_the_trained_size():
     """The middle of a larger image has the tables of the trained one; a smaller one has those of its middle."""
     model = tiny()
-    trained = model.rotary_tables(8, 8, torch.device("cpu"))
+    trained = model.rotary_tables(8, 8, torch.zeros(1))
     model.set_position_size(16)
-    assert torch.equal(model.rotary_tables(8, 8, torch.device("cpu"))[0][0], trained[0][0])
+    assert torch.equal(model.rotary_tables(8, 8, torch.zeros(1))[0][0], trained[0][0])
     for level, cut in ((0, slice(4, 12)), (1, slice(2, 6))):
-        larger = model.rotary_tables(16, 16, torch.device("cpu"))[level]
+        larger = model.rotary_tables(16, 16, torch.zeros(1))[level]
         for one, other in zip(larger, trained[level], strict=True):
             torch.testing.assert_close(one[cut, cut], other, atol=2e-6, rtol=0)
-    smaller = model.rotary_tables(4, 4, torch.device("cpu"))[0][0]
+    smaller = model.rotary_tables(4, 4, torch.zeros(1))[0][0]
     torch.testing.assert_close(smaller, trained[0][0][2:6, 2:6], atol=2e-6, rtol=0)
 
 

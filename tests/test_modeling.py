@@ -9,7 +9,7 @@ from conftest import SMALL, randomize, relative_error
 from diffusers import ModelMixin
 
 from diffusers_hdit import HDiTModel
-from diffusers_hdit.modeling_hdit import axial_positions, axial_rotary_frequencies, axial_rotary_tables
+from diffusers_hdit.cosine import axial_positions, axial_rotary_frequencies, axial_rotary_tables
 
 
 def inputs(batch=2, channels=3, height=32, width=32):
@@ -101,6 +101,21 @@ def test_positions_and_rotary_against_the_formulas():
     torch.testing.assert_close(sin[2, 5].double(), angle.sin(), atol=1e-5, rtol=0)
 
 
+def test_tables_are_kept_from_call_to_call(make_model):
+    model, image = make_model(), torch.zeros(1, 3, 32, 32)
+    with torch.inference_mode():  # what is made here must still serve training
+        first = model.rotary_tables(8, 8, image)
+    assert model.rotary_tables(8, 8, image) is first
+    assert not any(table.is_inference() for pair in first for table in pair)
+    model.set_position_size(64)
+    other = model.rotary_tables(8, 8, image)
+    assert not torch.equal(other[0][0], first[0][0])
+    assert model.rotary_tables(8, 16, image)[0][0].shape[:2] == (8, 16)
+    assert model.rotary_tables(8, 8, image.to("meta"))[0][0].is_meta
+    model.set_position_size(None)
+    assert model.rotary_tables(8, 8, image) is first
+
+
 def test_shifted_window_against_a_dense_mask(make_model):
     """Two tokens see each other if they share a window of the rolled grid and were not joined by the roll."""
     from diffusers_hdit.modeling_hdit import ShiftedWindowAttention
@@ -114,7 +129,7 @@ def test_shifted_window_against_a_dense_mask(make_model):
     visible = same_window & (wrapped[:, None] == wrapped[None]).all(-1)
     scores = torch.einsum("bqnd,bknd->bnqk", q.flatten(1, 2), k.flatten(1, 2)).masked_fill(~visible, -torch.inf)
     expected = torch.einsum("bnqk,bknd->bqnd", scores.softmax(-1), v.flatten(1, 2)).reshape(q.shape)
-    torch.testing.assert_close(ShiftedWindowAttention(size, shift)(q, k, v), expected)
+    torch.testing.assert_close(ShiftedWindowAttention(size, shift).attend(q, k, v), expected)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,8 +11,13 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from diffusers_hdit import neighborhood
-from diffusers_hdit.neighborhood import BACKENDS, neighborhood_attention, unavailable_reason
+from diffusers_hdit import neighborhood, plans
+from diffusers_hdit.neighborhood import (
+    BACKENDS,
+    cosine_neighborhood_attention,
+    neighborhood_attention,
+    unavailable_reason,
+)
 
 
 # Relative error in the 2-norm. Each output sums up to 121 products of rounded numbers: a few units of rounding,
@@ -60,7 +65,7 @@ def relative_error(found, expected):
 
 @pytest.fixture(autouse=True)
 def empty_cache():
-    neighborhood._plans.clear()
+    plans._plans.clear()
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +103,99 @@ def test_values_and_gradients(b, h, w, n, d, kernel_size, backend, dtype):
             assert relative_error(found, grad) < TOLERANCE[dtype]
 
 
+def cosine_inputs(b, h, w, n, d, pairs, dtype=torch.float32):
+    """Query, key, value and scale, which need gradients, and angles without the axial ones' regularity."""
+    query, key, value = tensors(b, h, w, n, d, dtype=dtype, requires_grad=True)
+    scale = torch.linspace(4, 12, n).requires_grad_()
+    generator = torch.Generator().manual_seed(1)
+    angles = 3 * torch.randn(h, w, n, pairs, dtype=torch.float64, generator=generator) if pairs else None
+    return [query, key, value, scale], angles
+
+
+def cosine_reference(query, key, value, scale, angles, kernel_size):
+    """From the definition; channels i and pairs + i are a complex number."""
+
+    def ready(x):
+        x = x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() * scale.sqrt()[:, None]
+        if angles is None:
+            return x
+        first, second, rest = x.split([*2 * [angles.shape[-1]], x.shape[-1] - 2 * angles.shape[-1]], -1)
+        turned = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat((turned.real, turned.imag, rest), -1)
+
+    return reference(ready(query), ready(key), value, kernel_size, 1.0)
+
+
+def check_cosine_attention(backend, b, h, w, n, d, pairs, kernel_size, tolerance, dtype=torch.float32):
+    inputs, angles = cosine_inputs(b, h, w, n, d, pairs, dtype)
+    (weight,) = tensors(b, h, w, n, d, dtype=dtype, count=1)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = cosine_reference(*exact, angles, kernel_size)
+    expected_grads = torch.autograd.grad(expected, exact, weight.double())
+    rotary = None if angles is None else (angles.cos().float(), angles.sin().float())
+    *qkv, scale = inputs
+    out = cosine_neighborhood_attention(*qkv, kernel_size, scale, rotary, backend)
+    assert out.shape == (b, h, w, n, d) and out.dtype == dtype
+    assert relative_error(out, expected) < tolerance
+    # What the tokens add to the gradient of the scale nearly cancels out.
+    tolerances = [tolerance] * 3 + [5 * tolerance]
+    for found, grad, limit in zip(torch.autograd.grad(out, inputs, weight), expected_grads, tolerances, strict=True):
+        if grad.norm() == 0:  # a window of one key
+            assert found.abs().max() <= tolerance * d
+        else:
+            assert relative_error(found, grad) < limit
+
+
+COSINE_CASES = [  # batch, h, w, heads, channels, turned pairs, kernel
+    pytest.param(2, 16, 24, 2, 16, 4, 5, id="batch-heads-nonsquare"),
+    pytest.param(1, 37, 18, 2, 32, 8, 7, id="several-bands"),
+    pytest.param(1, 9, 23, 3, 24, 6, (3, 11), id="channels-filled-up"),
+    pytest.param(1, 12, 11, 2, 16, 0, 3, id="no-rotation"),
+    pytest.param(1, 9, 11, 1, 16, 8, (9, 11), id="all-channels-turned-whole-grid"),
+    pytest.param(1, 8, 9, 2, 8, 2, 1, id="kernel-of-one"),
+]
+
+
+@pytest.mark.parametrize("backend", ["auto", "tiled", "cpp"])
+@pytest.mark.parametrize("b, h, w, n, d, pairs, kernel_size", COSINE_CASES)
+def test_cosine_attention(b, h, w, n, d, pairs, kernel_size, backend):
+    skip_without(backend)
+    # Logits of up to 12, whose rounding is that of the weights.
+    check_cosine_attention(backend, b, h, w, n, d, pairs, kernel_size, 5e-6)
+
+
+@pytest.mark.parametrize("backend", ["tiled", "cpp"])
+def test_cosine_attention_in_bfloat16(backend):
+    skip_without(backend, torch.bfloat16)
+    check_cosine_attention(backend, 2, 16, 24, 2, 16, 4, 5, TOLERANCE[torch.bfloat16], torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", ["auto", "tiled"])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_cosine_attention_compiled(backend, compiler):
+    def step(*inputs, rotary):
+        *qkv, scale = inputs
+        return cosine_neighborhood_attention(*qkv, 5, scale, rotary, backend).square()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend=compiler, fullgraph=True)
+    inputs, angles = cosine_inputs(1, 16, 16, 2, 16, 4)
+    rotary = angles.cos().float(), angles.sin().float()
+    out, expected = compiled(*inputs, rotary=rotary), step(*inputs, rotary=rotary)
+    assert relative_error(out, expected.double()) < 5e-6
+    for found, grad in zip(*(torch.autograd.grad(o.sum(), inputs) for o in (out, expected)), strict=True):
+        assert relative_error(found, grad.double()) < 5e-6
+
+
+def test_cosine_attention_refuses_other_shapes():
+    (*qkv, scale), angles = cosine_inputs(1, 9, 10, 2, 16, 4)
+    with pytest.raises(ValueError, match=r"one number for each of the 2 heads, got shape \(1,\)"):
+        cosine_neighborhood_attention(*qkv, 3, scale[:1], None)
+    for wrong in (angles[:-1], angles.repeat(1, 1, 1, 3)):
+        with pytest.raises(ValueError, match=r"two tensors \(9, 10, 2, c\) with c at most 8, got"):
+            cosine_neighborhood_attention(*qkv, 3, scale, (wrong, wrong))
+
+
 def test_default_scale_and_backend():
     inputs = tensors(1, 9, 9, 1, 16)
     expected = reference(*(x.double() for x in inputs), 3, scale=0.25)
@@ -110,7 +208,7 @@ def test_flex(flex_on_cpu, b, h, w, n, d, kernel_size):
     inputs = tensors(b, h, w, n, d, requires_grad=True)
     with torch.no_grad():
         out = neighborhood_attention(*inputs, kernel_size, scale=0.7, backend="flex")
-        neighborhood._plans.clear()
+        plans._plans.clear()
         traced = torch.compile(neighborhood_attention, backend="aot_eager", fullgraph=True)
         traced = traced(*inputs, kernel_size, scale=0.7, backend="flex")
         expected = reference(*(x.double() for x in inputs), kernel_size, scale=0.7)
@@ -177,7 +275,7 @@ def test_gradient_checkpointing_after_inference_mode():
 
 def training_bytes(h, w, backend):
     """Bytes kept for the backward pass, each storage once, with the plan."""
-    neighborhood._plans.clear()
+    plans._plans.clear()
     storages = {}
 
     def keep(x):
@@ -186,7 +284,7 @@ def training_bytes(h, w, backend):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         out = neighborhood_attention(*tensors(1, h, w, 1, 16, requires_grad=True), 7, backend=backend)
-    for plan in neighborhood._plans.values():
+    for plan in plans._plans.values():
         for x in plan:
             keep(x)
     assert out.requires_grad  # and alive, so that no address is counted for two storages
@@ -227,12 +325,12 @@ def test_compiled_equals_eager(compiler, sizes):
 def test_plans_are_reused_and_bounded():
     inputs = tensors(1, 9, 9, 1, 8)
     neighborhood_attention(*inputs, 3, backend="tiled")
-    (plan,) = neighborhood._plans.values()
+    (plan,) = plans._plans.values()
     neighborhood_attention(*inputs, 3, backend="tiled")
-    assert [p is plan for p in neighborhood._plans.values()] == [True]
+    assert [p is plan for p in plans._plans.values()] == [True]
     for size in range(10, 40):
         neighborhood_attention(*tensors(1, size, 9, 1, 8), 3, backend="tiled")
-    assert len(neighborhood._plans) == neighborhood._MAX_PLANS
+    assert len(plans._plans) == plans._MAX_PLANS
 
 
 def test_threads_share_plans():
@@ -251,7 +349,7 @@ def test_threads_share_plans():
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and len(neighborhood._plans) <= neighborhood._MAX_PLANS
+    assert not wrong and len(plans._plans) <= plans._MAX_PLANS
 
 
 @pytest.mark.parametrize(
@@ -375,4 +473,4 @@ def test_natten_call(monkeypatch):
 
 
 def test_backends_are_all_implemented():
-    assert set(BACKENDS) == set(neighborhood._IMPLEMENTATIONS)
+    assert {*BACKENDS, "whole grid"} == set(neighborhood._IMPLEMENTATIONS)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import relative_error
-from test_neighborhood import TOLERANCE, reference, skip_without, tensors
+from test_neighborhood import TOLERANCE, check_cosine_attention, cosine_inputs, reference, skip_without, tensors
 
 from diffusers_hdit import neighborhood, neighborhood_cpp
-from diffusers_hdit.neighborhood import neighborhood_attention, unavailable_reason
+from diffusers_hdit.neighborhood import cosine_neighborhood_attention, neighborhood_attention, unavailable_reason
 
 
 CPU = {"device": "cpu", "dtype": torch.float32, "head_dim": 16, "training": True}
@@ -114,6 +114,20 @@ def test_neither_threads_nor_the_batch_change_a_bit():
         assert torch.equal(one, two) and torch.equal(one[1:2], single)
 
 
+def test_threads_do_not_change_a_bit_of_what_is_scaled_and_turned():
+    inputs, angles = cosine_inputs(3, 70, 20, 2, 16, 4)
+    (*qkv, scale), rotary = inputs, (angles.cos().float(), angles.sin().float())
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            out = cosine_neighborhood_attention(*qkv, 7, scale, rotary, "cpp")
+            results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
 def test_processors_without_avx512(anew, monkeypatch):
     """Eight lanes in place of sixteen; where the processor has no AVX-512, the others are tested by nobody."""
     flags = [flag for flag in neighborhood_cpp._FLAGS if flag != "-march=native"]
@@ -122,13 +136,18 @@ def test_processors_without_avx512(anew, monkeypatch):
     exact = attend_and_gradients([x.detach().double().requires_grad_() for x in inputs], 7, "tiled")
     for found, expected in zip(attend_and_gradients(inputs, 7), exact, strict=True):
         assert relative_error(found, expected) < TOLERANCE[torch.float32]
+    check_cosine_attention("cpp", 1, 20, 27, 2, 32, 8, 7, 5e-6)
     assert len(list(anew.iterdir())) == 1
 
 
 def test_operators_are_registered_right():
     """Fake results, gradients and tracing, as PyTorch's own checks want them."""
-    inputs = tensors(1, 9, 9, 1, 16, requires_grad=True)
-    torch.library.opcheck(neighborhood_cpp.attend, (*inputs, 3, 5, 0.3))
+    (*inputs, scale), angles = cosine_inputs(1, 9, 9, 2, 16, 4)
+    for norm, cos, sin in (
+        (None, None, None),
+        (scale.detach().requires_grad_(), angles.cos().float(), angles.sin().float()),
+    ):
+        torch.library.opcheck(neighborhood_cpp.attend, (*inputs, norm, cos, sin, 3, 5, 0.3))
     torch._dynamo.reset()
 
     def step(*inputs):

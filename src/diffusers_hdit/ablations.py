@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cosine import CosineAttention
 from .neighborhood import sliding_window_attention
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Attention kinds: parameterless, (B, h, w, n, d) three times -> (B, h, w, n, d)
+# Attention kinds
 
 
-class SlidingWindowAttention(nn.Module):
+class SlidingWindowAttention(CosineAttention):
     """Every token sees the kernel_size × kernel_size tokens centred on it, fewer at a border (Ramachandran et al. 2019,
     "Stand-Alone Self-Attention in Vision Models", arXiv 1906.05909)."""
 
@@ -30,11 +31,11 @@ class SlidingWindowAttention(nn.Module):
 
         return pairs(height) * pairs(width)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return sliding_window_attention(query, key, value, self.kernel_size, scale=1.0)
 
 
-class AxialAttention(nn.Module):
+class AxialAttention(CosineAttention):
     """Attention inside every row, then inside every column (Ho et al. 2019, "Axial Attention in Multidimensional
     Transformers", arXiv 1912.12180).
 
@@ -46,7 +47,7 @@ class AxialAttention(nn.Module):
     def query_key_pairs(self, height: int, width: int) -> int:
         return height * width * (height + width)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         def inside_lines(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             """Along the third axis. Four axes, which is what the fused kernels take."""
             lines = [x.transpose(2, 3).flatten(0, 1) for x in (query, key, value)]

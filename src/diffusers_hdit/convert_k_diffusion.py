@@ -22,7 +22,8 @@ from torch import Tensor
 
 from . import presets
 from .configuration_hdit import PARTS
-from .modeling_hdit import HDiTModel, axial_rotary_frequencies, cast_parameters
+from .cosine import axial_rotary_frequencies
+from .modeling_hdit import HDiTModel, cast_parameters
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -31,11 +31,15 @@ from .ablations import (
 )
 from .conditions import check_class_labels, check_conditioning_image, check_vector
 from .configuration_hdit import Level, check_parts, pair, resolve_levels
-from .neighborhood import BACKENDS, neighborhood_attention, unavailable_reason, whole_grid_attention
+from .cosine import EPS, CosineAttention, hourglass_rotary_tables
+from .neighborhood import (
+    BACKENDS,
+    cosine_neighborhood_attention,
+    unavailable_reason,
+    whole_grid_attention,
+)
+from .plans import plan
 from .remote_code import CarriesCode, SafeWeights, package_module
-
-
-EPS = 1e-6
 
 
 @dataclass
@@ -46,68 +50,6 @@ class HDiTModelOutput(BaseOutput):
     """
 
     sample: Tensor
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Positions: axial rotary embeddings
-
-
-def axial_positions(height: int, width: int, device: torch.device, across: int | None = None) -> tuple[Tensor, Tensor]:
-    """Token centres `y (h,)` and `x (w,)` on a grid around 0, aspect ratio kept, of which `across` tokens fill [-1, 1]: as
-    many as the longer side has, if not given."""
-
-    def centres(length: int) -> Tensor:
-        bound = length / (across or max(height, width))
-        edges = torch.linspace(-bound, bound, length + 1, device=device, dtype=torch.float32)
-        return (edges[:-1] + edges[1:]) / 2
-
-    return centres(height), centres(width)
-
-
-def axial_rotary_frequencies(num_heads: int, head_dim: int, device: torch.device | None = None) -> Tensor:
-    """Frequencies `(n, d/8)`, log-spaced over [π, 10π) and dealt out to the heads in turn, as the reference does."""
-    count = num_heads * head_dim // 8
-    frequencies = torch.linspace(
-        math.log(math.pi), math.log(10 * math.pi), count + 1, device=device, dtype=torch.float32
-    )[:-1].exp()
-    return frequencies.view(head_dim // 8, num_heads).T.contiguous()
-
-
-def axial_rotary_tables(y: Tensor, x: Tensor, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `(h, w, n, d/4)` of the angles, float32: the first half turns with y, the second with x."""
-    frequencies = axial_rotary_frequencies(num_heads, head_dim, y.device)
-    angles_y, angles_x = y[:, None, None] * frequencies, x[:, None, None] * frequencies
-    shape = (len(y), len(x), *frequencies.shape)
-
-    def table(function) -> Tensor:
-        rows, columns = function(angles_y)[:, None].expand(shape), function(angles_x)[None].expand(shape)
-        return torch.cat((rows, columns), dim=-1)
-
-    return table(torch.cos), table(torch.sin)
-
-
-def to_length(x: Tensor, scale: Tensor) -> Tensor:
-    """Scales queries or keys `(B, h, w, n, d)` to the length sqrt(scale) of their head.
-
-    Logits of two such vectors are scale * cosine similarity. At least float32: an angle or a norm rounded to bfloat16
-    would move every logit.
-    """
-    y = x.to(torch.promote_types(x.dtype, torch.float32))
-    return y * (scale.to(y.dtype).sqrt()[:, None] * torch.rsqrt(y.square().sum(-1, keepdim=True) + EPS))
-
-
-def cosine_similarity(x: Tensor, scale: Tensor, rotary: None = None) -> Tensor:
-    """Queries or keys of a model without rotary embeddings."""
-    return to_length(x, scale).to(x.dtype)
-
-
-def cosine_similarity_rotary(x: Tensor, scale: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Queries or keys `(B, h, w, n, d)`, scaled, then rotated."""
-    cos, sin = rotary
-    y = to_length(x, scale)
-    quarter = cos.shape[-1]
-    first, second, rest = y.split((quarter, quarter, y.shape[-1] - 2 * quarter), dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -249,20 +191,20 @@ def zero_init(linear: nn.Linear) -> nn.Linear:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Attention kinds: parameterless, (B, h, w, n, d) three times -> (B, h, w, n, d). Softmax scale 1, see above.
+# Attention kinds: which tokens see each other.
 
 
-class GlobalAttention(nn.Module):
+class GlobalAttention(CosineAttention):
     """Every token sees every token of its level."""
 
     def query_key_pairs(self, height: int, width: int) -> int:
         return (height * width) ** 2
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return whole_grid_attention(query, key, value, scale=1.0)
 
 
-class NeighborhoodAttention(nn.Module):
+class NeighborhoodAttention(CosineAttention):
     """Every token sees the kernel_size × kernel_size tokens around it (see `neighborhood.py`)."""
 
     def __init__(self, kernel_size: int):
@@ -273,11 +215,12 @@ class NeighborhoodAttention(nn.Module):
     def query_key_pairs(self, height: int, width: int) -> int:
         return height * width * self.kernel_size**2
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return neighborhood_attention(query, key, value, self.kernel_size, scale=1.0, backend=self.backend)
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: Tensor, rotary) -> Tensor:
+        # Some kernels scale and rotate queries and keys as they load them.
+        return cosine_neighborhood_attention(query, key, value, self.kernel_size, scale, rotary, self.backend)
 
 
-class ShiftedWindowAttention(nn.Module):
+class ShiftedWindowAttention(CosineAttention):
     """Attention inside windows of a grid that is rolled by `shift` (Liu et al. 2021, arXiv 2103.14030)."""
 
     def __init__(self, window_size: int, shift: int):
@@ -287,7 +230,7 @@ class ShiftedWindowAttention(nn.Module):
     def query_key_pairs(self, height: int, width: int) -> int:
         return height * width * self.window_size**2
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         batch, height, width, heads, dim = query.shape
         size = self.window_size
         rows, columns = height // size, width // size
@@ -313,7 +256,7 @@ class ShiftedWindowAttention(nn.Module):
         return side[..., :, None] == side[..., None, :]
 
 
-def make_attention_kind(attention_type: str, kernel_size: int, window_size: int, index: int) -> nn.Module:
+def make_attention_kind(attention_type: str, kernel_size: int, window_size: int, index: int) -> CosineAttention:
     """`index`: number of the block in its level, counting on through the up path; every second one is shifted."""
     if attention_type == "neighborhood":
         return NeighborhoodAttention(kernel_size)
@@ -334,11 +277,10 @@ FEED_FORWARDS = {"geglu": HDiTFeedForward, "gelu": GELUFeedForward}
 class HDiTAttention(nn.Module):
     """Cosine-similarity attention with axial rotary embeddings, `(B, h, w, D) -> (B, h, w, D)`."""
 
-    def __init__(self, dim: int, head_dim: int, kind: nn.Module, dropout: float, rotary: bool = True):
+    def __init__(self, dim: int, head_dim: int, kind: CosineAttention, dropout: float):
         super().__init__()
         self.head_dim = head_dim
         self.kind = kind
-        self.prepare = cosine_similarity_rotary if rotary else cosine_similarity
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(dim, dim, bias=False)
         self.to_v = nn.Linear(dim, dim, bias=False)
@@ -347,13 +289,11 @@ class HDiTAttention(nn.Module):
         # A list of one: the LoRA configurations that people have for Diffusers' attention name this layer `to_out.0`.
         self.to_out = nn.ModuleList([zero_init(nn.Linear(dim, dim, bias=False))])
 
-    def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         heads = (-1, self.head_dim)
-        query = self.prepare(self.to_q(hidden_states).unflatten(-1, heads), self.scale, rotary)
-        key = self.prepare(self.to_k(hidden_states).unflatten(-1, heads), self.scale, rotary)
-        value = self.to_v(hidden_states).unflatten(-1, heads)
-        out = self.kind(query, key, value).flatten(-2)
-        return self.to_out[0](self.dropout(out))
+        query, key, value = (layer(hidden_states).unflatten(-1, heads) for layer in (self.to_q, self.to_k, self.to_v))
+        out = self.kind(query, key, value, self.scale, rotary)
+        return self.to_out[0](self.dropout(out.flatten(-2)))
 
 
 class HDiTTransformerBlock(nn.Module):
@@ -363,11 +303,11 @@ class HDiTTransformerBlock(nn.Module):
         super().__init__()
         kind = make_attention_kind(level.type, level.kernel_size, level.window_size, index)
         self.norm1 = NORMS[level.norm](level.width, cond_dim)
-        self.attn = HDiTAttention(level.width, level.head_dim, kind, level.dropout, level.rotary)
+        self.attn = HDiTAttention(level.width, level.head_dim, kind, level.dropout)
         self.norm2 = NORMS[level.norm](level.width, cond_dim)
         self.ff = FEED_FORWARDS[level.activation](level.width, level.ff_width, level.dropout)
 
-    def forward(self, hidden_states: Tensor, cond: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, hidden_states: Tensor, cond: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states, cond), rotary)
         return hidden_states + self.ff(self.norm2(hidden_states, cond))
 
@@ -652,7 +592,7 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
         timestep = torch.as_tensor(timestep, dtype=torch.promote_types(dtype, torch.float32), device=sample.device)
         timestep = timestep.expand(sample.shape[0])
         cond = self.conditioning(timestep, class_labels, augment_cond, mapping_cond, dtype)
-        rotaries = self.rotary_tables(*hidden_states.shape[1:3], sample.device)
+        rotaries = self.rotary_tables(*hidden_states.shape[1:3], sample)
 
         skips = []
         for i in range(len(self.down_blocks)):
@@ -678,16 +618,10 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
                 hidden_states = block(hidden_states, cond, rotary)
         return hidden_states
 
-    def rotary_tables(self, height: int, width: int, device: torch.device) -> list[tuple[Tensor, Tensor] | None]:
+    def rotary_tables(self, height: int, width: int, like: Tensor) -> list[tuple[Tensor, Tensor] | None]:
         """One pair of tables a level, for outermost tokens height × width; None for a level that rotates nothing."""
-        tables = []
-        y, x = axial_positions(height, width, device, self.tokens_across)
-        for i, level in enumerate(self.levels):
-            if i:
-                y, x = y.unflatten(0, (-1, 2)).mean(1), x.unflatten(0, (-1, 2)).mean(1)
-            rotates = level.heads and level.rotary
-            tables.append(axial_rotary_tables(y, x, level.heads, level.head_dim) if rotates else None)
-        return tables
+        heads = tuple((level.heads, level.head_dim) if level.heads and level.rotary else None for level in self.levels)
+        return plan(hourglass_rotary_tables, like, height, width, self.tokens_across, heads, like.device)
 
     @property
     def size_rule(self) -> tuple[tuple[int, int], tuple[int, int]]:

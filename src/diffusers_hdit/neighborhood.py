@@ -13,14 +13,14 @@ import os
 import re
 import shutil
 import sys
-import threading
-from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cosine import cosine_similarity
+from .plans import plan
 from .remote_code import package_module
 
 
@@ -29,7 +29,6 @@ BACKENDS = ("natten", "triton", "cpp", "tiled", "flex", "dense")
 _TILE = (8, 8)
 # The GPU kernels of FlexAttention take up to 128 queries or keys at once and refuse smaller mask blocks.
 _FLEX_TILES = {"cpu": (8, 8), "cuda": (8, 16)}
-_MAX_PLANS = 8
 _NATTEN_TRAINS_SINCE = (0, 21, 7)
 
 
@@ -71,27 +70,47 @@ def neighborhood_attention(
     """
     kernel = _checked_kernel(query, key, value, kernel_size)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    whole_grid = kernel == tuple(query.shape[1:3])
-    if whole_grid and backend == "auto":
-        return whole_grid_attention(query, key, value, scale)
-    training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    for name in ("natten", "cpp", "tiled") if backend == "auto" else (backend,):
-        reason = unavailable_reason(
-            name,
-            device=query.device,
-            dtype=query.dtype,
-            head_dim=query.shape[-1],
-            training=training,
-            kernel_size=kernel,
-        )
-        if reason is None:
-            break
-    else:
-        raise ValueError(reason)
+    return _IMPLEMENTATIONS[_chosen(query, key, value, kernel, backend)](query, key, value, kernel, scale)
 
-    if whole_grid:
-        return whole_grid_attention(query, key, value, scale)
-    return _IMPLEMENTATIONS[name](query, key, value, kernel, scale)
+
+def cosine_neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | tuple[int, int],
+    scale: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    backend: str = "auto",
+) -> Tensor:
+    """`neighborhood_attention` of queries and keys that are still to be scaled and rotated (`cosine_similarity`), with
+    scale 1. The kernels `triton` and `cpp` do that as they load them.
+
+    Args:
+        query, key, value, kernel_size, backend: as for `neighborhood_attention`.
+        scale: `(n,)`, positive: the factor of each head's cosines in the logits.
+        rotary: cosines and sines of the angles, `(h, w, n, c)` each, that turn channels `i` and `c + i` of a token, `2 * c`
+            at most d; None for no rotation.
+
+    Returns:
+        `(B, h, w, n, d)`.
+
+    Raises:
+        ValueError: as `neighborhood_attention`, and for scales and angles of other shapes.
+    """
+    kernel = _checked_kernel(query, key, value, kernel_size)
+    _, h, w, n, d = query.shape
+    if scale.shape != (n,):
+        raise ValueError(f"scale must have one number for each of the {n} heads, got shape {tuple(scale.shape)}.")
+    for table in rotary or ():
+        if table.shape[:-1] != (h, w, n) or 2 * table.shape[-1] > d:
+            raise ValueError(
+                f"rotary must be two tensors ({h}, {w}, {n}, c) with c at most {d // 2}, got {tuple(table.shape)}."
+            )
+    name = _chosen(query, key, value, kernel, backend)
+    if name in _OWN_KERNELS:
+        return _own_kernels(name, query, key, value, kernel, 1.0, scale.float().sqrt(), rotary)
+    query, key = cosine_similarity(query, scale, rotary), cosine_similarity(key, scale, rotary)
+    return _IMPLEMENTATIONS[name](query, key, value, kernel, 1.0)
 
 
 def sliding_window_attention(
@@ -159,6 +178,26 @@ def unavailable_reason(
     return f"Neighborhood attention backend {backend!r} cannot run here: {problem}. Use 'auto' or 'tiled' instead."
 
 
+def _chosen(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], backend: str) -> str:
+    """The name, in `_IMPLEMENTATIONS`, of what computes this; raises ValueError for a backend that cannot."""
+    whole_grid = kernel == tuple(query.shape[1:3])
+    if whole_grid and backend == "auto":
+        return "whole grid"
+    training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    for name in ("natten", "cpp", "tiled") if backend == "auto" else (backend,):
+        reason = unavailable_reason(
+            name,
+            device=query.device,
+            dtype=query.dtype,
+            head_dim=query.shape[-1],
+            training=training,
+            kernel_size=kernel,
+        )
+        if reason is None:
+            return "whole grid" if whole_grid else name
+    raise ValueError(reason)
+
+
 def _checked_kernel(
     query: Tensor, key: Tensor, value: Tensor, kernel_size: int | tuple[int, int], inside: bool = True
 ) -> tuple[int, int]:
@@ -191,33 +230,6 @@ def _centred_start(index: Tensor, kernel: int, length: int) -> Tensor:
     """The same for a window that stays centred; negative where it reaches over the border."""
     # Queries that only fill up a tile see what the last one sees: a softmax over no keys would be NaN.
     return index.clamp(max=length - 1) - kernel // 2
-
-
-# ---- Plans: what depends on sizes only ----
-
-_plans: OrderedDict = OrderedDict()
-_plans_lock = threading.Lock()
-
-
-def _plan(build: Callable, query: Tensor, *key):
-    """`build(*key)` for the sizes, dtype and device in `key`, remembered for the last few of them."""
-    # A traced graph computes the plan itself, once for all layers of one size: it may hold symbolic sizes, and a
-    # stored tensor would tie the graph to this cache. Tensor subclasses (fake ones, say) must not leak into it.
-    if torch.compiler.is_compiling() or type(query) is not Tensor:
-        return build(*key)
-    key = (build, *key)
-    with _plans_lock:
-        if key in _plans:
-            _plans.move_to_end(key)
-            return _plans[key]
-    # Tensors made in inference mode could not be saved for a later backward pass.
-    with torch.inference_mode(False), torch.no_grad():
-        plan = build(*key[1:])
-    with _plans_lock:
-        _plans[key] = plan
-        while len(_plans) > _MAX_PLANS:
-            _plans.popitem(last=False)
-    return plan
 
 
 # The code that comes with a repository is imported under other names in the same process: an operator for each.
@@ -315,7 +327,7 @@ def _tiled(
 ) -> Tensor:
     b, h, w, n, d = query.shape
     th, tw = (tile if tile < length else length for tile, length in zip(_TILE, (h, w), strict=True))
-    keys, bias = _plan(_tiled_plan, query, h, w, *kernel, th, tw, query.dtype, query.device, start)
+    keys, bias = plan(_tiled_plan, query, h, w, *kernel, th, tw, query.dtype, query.device, start)
 
     def halos(x: Tensor) -> Tensor:
         # Tokens first: one gather of whole (B, n, d) rows, and its transpose needs no second copy.
@@ -390,7 +402,7 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], sc
         return _opaque_flex(query, key, value, *kernel, scale)
     b, h, w, n, d = query.shape
     th, tw = _FLEX_TILES[query.device.type]
-    mask = _plan(_flex_plan, query, h, w, *kernel, th, tw, query.device)
+    mask = plan(_flex_plan, query, h, w, *kernel, th, tw, query.device)
     attend = flex_attention
     if not torch.compiler.is_compiling():
         if _compiled_flex_attention is None:
@@ -508,14 +520,34 @@ def _find_natten() -> tuple[str, tuple[int, ...]]:
     return "", tuple(int("".join(filter(str.isdigit, part)) or 0) for part in release)
 
 
+# ---- kernels of our own ----
+
+_OWN_KERNELS = ("triton", "cpp")
+
+
+def _own_kernels(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel: tuple[int, int],
+    scale: float,
+    norm: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    # By name: the module has been imported to see whether it can run, and a traced graph must not import.
+    attend = getattr(torch.ops.diffusers_hdit, f"{name}_neighborhood_attention")
+    cos, sin = (None, None) if rotary is None else (table.float().contiguous() for table in rotary)
+    return attend(query, key, value, norm, cos, sin, *kernel, scale)[0]
+
+
 # ---- triton ----
 
 
 def _triton(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], scale: float) -> Tensor:
     if scale <= 0:  # the kernels scale after they have looked for the largest score
         query, scale = query * (-1 if scale else 0), -scale or 1.0
-    # By name: the module has been imported to see whether it can run, and a traced graph must not import.
-    return torch.ops.diffusers_hdit.triton_neighborhood_attention(query, key, value, *kernel, scale)[0]
+    return _own_kernels("triton", query, key, value, kernel, scale)
 
 
 def _triton_problem(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -556,8 +588,7 @@ def _import_triton_kernels() -> tuple[str, bool]:
 
 
 def _cpp(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], scale: float) -> Tensor:
-    # By name, as above.
-    return torch.ops.diffusers_hdit.cpp_neighborhood_attention(query, key, value, *kernel, scale)[0]
+    return _own_kernels("cpp", query, key, value, kernel, scale)
 
 
 def _cpp_problem(device_type: str, dtype: torch.dtype) -> str | None:
@@ -609,4 +640,16 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], s
     return whole_grid_attention(query, key, value, scale, mask.reshape(h * w, h * w))
 
 
-_IMPLEMENTATIONS = {"natten": _natten, "triton": _triton, "cpp": _cpp, "tiled": _tiled, "flex": _flex, "dense": _dense}
+def _whole_grid(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], scale: float) -> Tensor:
+    return whole_grid_attention(query, key, value, scale)
+
+
+_IMPLEMENTATIONS = {
+    "natten": _natten,
+    "triton": _triton,
+    "cpp": _cpp,
+    "tiled": _tiled,
+    "flex": _flex,
+    "dense": _dense,
+    "whole grid": _whole_grid,
+}

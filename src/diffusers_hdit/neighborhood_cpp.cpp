@@ -11,6 +11,8 @@
 // weights are computed again from the logarithm of their sum. Gradients of keys and values are added up by even bands
 // first, then by odd ones, so that no two tasks at work share a row, and the order of additions is always the same.
 //
+// Queries and keys that are still to be scaled and rotated are, a band at a time, and their gradients go the same way back.
+//
 // Shapes: B images, h x w tokens, n heads, d channels (a multiple of 16, next to each other), kh x kw window.
 
 #if defined(__clang__) || !defined(__GNUC__)
@@ -68,7 +70,7 @@ inline Vec exp2(Vec x) {
 }
 
 struct Problem {
-    Index B, h, w, n, d, kh, kw;
+    Index B, h, w, n, d, kh, kw, pairs;
 };
 
 // A tensor (B, h, w, n, d) by its strides, in elements; that of channels is 1.
@@ -98,6 +100,67 @@ using Buffer = std::unique_ptr<float[], Free>;
 Buffer buffer(Index count) {
     return Buffer(static_cast<float*>(std::aligned_alloc(64, round_up(count * sizeof(float), 64))));
 }
+
+float product(const float* a, const float* b, Index d) {
+    Vec sum = {};
+    for (Index c = 0; c < d; c += LANES) sum += load(a + c) * load(b + c);
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += sum[i];
+    return total;
+}
+
+// `cosine_similarity` of cosine.py: a token of a head is brought to the length norm, then its channels c and pairs + c
+// are turned by an angle. Without norm (a null pointer) nothing is to be done.
+struct Cosine {
+    const float *norm, *cos, *sin;  // (n), and (h, w, n, pairs)
+
+    Index angles(const Problem& p, Index head, Index y, Index x) const {
+        return ((y * p.w + x) * p.n + head) * p.pairs;
+    }
+    static float inverse_length(const float* token, Index d) { return 1 / std::sqrt(product(token, token, d) + 1e-6f); }
+
+    void apply(const Problem& p, Index head, Index y, Index x, const float* token, float* __restrict to) const {
+        const float factor = norm[head] * inverse_length(token, p.d);
+        for (Index c = 0; c < p.d; c += LANES) store(to + c, load(token + c) * factor);
+        turn(p, head, y, x, to, 1);
+    }
+
+    // The gradient of what `apply` made becomes that of the token, in place; returns the token's share in that of norm.
+    float go_back(const Problem& p, Index head, Index y, Index x, const float* token, float* __restrict gradient) const {
+        turn(p, head, y, x, gradient, -1);
+        const float inverse = inverse_length(token, p.d), share = inverse * product(token, gradient, p.d);
+        for (Index c = 0; c < p.d; c += LANES)
+            store(gradient + c, norm[head] * inverse * (load(gradient + c) - load(token + c) * (inverse * share)));
+        return share;
+    }
+
+    void turn(const Problem& p, Index head, Index y, Index x, float* token, float sign) const {
+        const Index at = angles(p, head, y, x);
+        float *__restrict first = token, *__restrict second = token + p.pairs;
+        for (Index c = 0; c < p.pairs; c++) {
+            const float a = first[c], b = second[c], turned = sign * sin[at + c];
+            first[c] = a * cos[at + c] - b * turned;
+            second[c] = b * cos[at + c] + a * turned;
+        }
+    }
+};
+
+// Some rows of the queries or keys of one image and head, ready to attend: what is given, where nothing is to be done.
+struct Ready {
+    Buffer data;
+    In tokens;
+
+    Ready(const In& from, const Cosine& cosine, Index image, Index head, Index first, Index last, const Problem& p)
+        : tokens(from) {
+        if (!cosine.norm) return;
+        data = buffer((last - first) * p.w * p.d);
+        for (Index y = first; y < last; y++)
+            for (Index x = 0; x < p.w; x++)
+                cosine.apply(p, head, y, x, from.at(image, head, y, x), data.get() + ((y - first) * p.w + x) * p.d);
+        const Index strides[] = {0, p.w * p.d, p.d, 0};
+        tokens = In(data.get() - first * p.w * p.d, strides);
+    }
+};
 
 // LANES x LANES: the low and high halves of pairs of rows are interleaved as often as LANES can be halved.
 inline void transpose(Vec (&x)[LANES]) {
@@ -362,15 +425,20 @@ void for_bands(const Problem& p, Index height, Index offset, Index step, F work)
 
 }  // namespace
 
-extern "C" void forward(const float* query, const float* key, const float* value, float* out, float* lse,
-                        const Index* sizes, const Index* strides, float scale) {
-    const Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]};
-    const In q(query, strides), k(key, strides + 4), v(value, strides + 8);
+extern "C" void forward(const float* query, const float* key, const float* value, const float* norm, const float* cos,
+                        const float* sin, float* out, float* lse, const Index* sizes, const Index* strides,
+                        float scale) {
+    const Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]};
+    const In all_q(query, strides), all_k(key, strides + 4), v(value, strides + 8);
+    const Cosine cosine{norm, cos, sin};
     const Out o(out, strides + 12);
     const auto strips = strips_of(p);
     // Short bands where there are few of them for the processors: each brings its halo into order anew.
     const Index height = std::clamp<Index>(p.B * p.n * p.h / (3 * at::get_num_threads()), 4, 32);
     for_bands(p, height, 0, 1, [&](const Band& band) {
+        const Ready ready_q(all_q, cosine, band.image, band.head, band.first, band.last, p);
+        const Ready ready_k(all_k, cosine, band.image, band.head, band.first_key, band.last_key, p);
+        const In &q = ready_q.tokens, &k = ready_k.tokens;
         const Rows keys(k, band.image, band.head, band.first_key, band.last_key, p);
         const Buffer queries = buffer(ROWS * p.d * LANES);
         Weights one(p), other(p);
@@ -402,17 +470,31 @@ extern "C" void forward(const float* query, const float* key, const float* value
     });
 }
 
-// Adds to the gradients of keys and values, which begin as zeros.
-extern "C" void backward(const float* query, const float* key, const float* value, const float* out,
-                         const float* gradient, const float* lse, float* d_query, float* d_key, float* d_value,
-                         const Index* sizes, const Index* strides, float scale) {
-    const Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]};
-    const In q(query, strides), k(key, strides + 4), v(value, strides + 8);
+// Adds to the gradients of keys and values, which begin as zeros. Of the gradient of norm the shares of the queries and
+// the keys of each row are written, (2, B, n, h).
+extern "C" void backward(const float* query, const float* key, const float* value, const float* norm, const float* cos,
+                         const float* sin, const float* out, const float* gradient, const float* lse, float* d_query,
+                         float* d_key, float* d_value, float* d_norm, const Index* sizes, const Index* strides,
+                         float scale) {
+    const Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]};
+    const In all_q(query, strides), all_k(key, strides + 4), v(value, strides + 8);
+    const Cosine cosine{norm, cos, sin};
     const In o(out, strides + 12), g(gradient, strides + 16);
     const Out dq(d_query, strides + 12), dk(d_key, strides + 12), dv(d_value, strides + 12);
     const auto strips = strips_of(p);
+    const auto finish = [&](const Band& band, const In& from, const Out& to, float* shares) {
+        for (Index y = band.first; y < band.last && norm; y++) {
+            float& share = shares[(band.image * p.n + band.head) * p.h + y] = 0;
+            for (Index x = 0; x < p.w; x++)
+                share += cosine.go_back(p, band.head, y, x, from.at(band.image, band.head, y, x),
+                                        to.at(band.image, band.head, y, x));
+        }
+    };
     const auto work = [&](const Band& band) {
         const Index image = band.image, head = band.head;
+        const Ready ready_q(all_q, cosine, image, head, band.first, band.last, p);
+        const Ready ready_k(all_k, cosine, image, head, band.first_key, band.last_key, p);
+        const In &q = ready_q.tokens, &k = ready_k.tokens;
         const Rows keys(k, image, head, band.first_key, band.last_key, p);
         const Rows values(v, image, head, band.first_key, band.last_key, p);
         const Buffer queries = buffer(ROWS * p.d * LANES), gradients = buffer(ROWS * p.d * LANES);
@@ -443,10 +525,7 @@ extern "C" void backward(const float* query, const float* key, const float* valu
                     Vec sums = {}, mean = {};  // of a lane: log2 of its sum, and gradient * output
                     for (Index i = 0; i < strip.count; i++) {
                         sums[i] = lse[((image * p.n + head) * p.h + y + r) * p.w + x + i];
-                        Vec product = {};
-                        const float *a = o.at(image, head, y + r, x + i), *b = g.at(image, head, y + r, x + i);
-                        for (Index c = 0; c < p.d; c += LANES) product += load(a + c) * load(b + c);
-                        for (int j = 0; j < LANES; j++) mean[i] += product[j];
+                        mean[i] = product(o.at(image, head, y + r, x + i), g.at(image, head, y + r, x + i), p.d);
                     }
                     for (Index i = 0; i < strip.distances(); i++) {
                         const Mask seen = strip.seen[i];
@@ -466,10 +545,12 @@ extern "C" void backward(const float* query, const float* key, const float* valu
                     });
                 }
             }
+        finish(band, all_q, dq, d_norm);
     };
     // Twice the window, for a band must not reach the keys of the next but one, and the same on any number of threads,
     // for it decides the order of the additions.
     const Index height = std::max<Index>(16, 2 * p.kh);
     for_bands(p, height, 0, 2, work);
     for_bands(p, height, 1, 2, work);
+    for_bands(p, height, 0, 1, [&](const Band& band) { finish(band, all_k, dk, d_norm + p.B * p.n * p.h); });
 }

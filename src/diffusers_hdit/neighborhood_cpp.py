@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .neighborhood_operators import make_operators
+
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 _CHANNELS = 16  # of whose multiples the kernels take heads
@@ -122,81 +124,41 @@ def library() -> ctypes.CDLL:
 # ---- The operators ----
 
 
-def _prepare(*tensors: Tensor) -> list[Tensor]:
+def _ready(*tensors: Tensor) -> list[Tensor]:
     """Float32, channels next to each other and as many as the kernels take."""
     missing = -tensors[0].shape[-1] % _CHANNELS
     tensors = [F.pad(x.float(), (0, missing)) if missing else x.float() for x in tensors]
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def _call(function: str, tensors: tuple, strided: tuple, kh: int, kw: int, scale: float) -> None:
-    b, h, w, n, d = tensors[0].shape
-    sizes = (ctypes.c_int64 * 7)(b, h, w, n, d, kh, kw)
+def _call(function: str, tensors: tuple, strided: tuple, cos: Tensor | None, kh: int, kw: int, scale: float) -> None:
+    sizes = [*tensors[0].shape, kh, kw, 0 if cos is None else cos.shape[-1]]
     strides = [stride for x in strided for stride in x.stride()[:4]]
-    pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
+    pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
     call = getattr(library(), function)
     call.restype = None
-    call(*pointers, sizes, (ctypes.c_int64 * len(strides))(*strides), ctypes.c_float(scale))
+    arrays = ((ctypes.c_int64 * len(numbers))(*numbers) for numbers in (sizes, strides))
+    call(*pointers, *arrays, ctypes.c_float(scale))
 
 
-# One name for the whole process: unlike `neighborhood.py`, this file is not carried along with saved models.
-@torch.library.custom_op("diffusers_hdit::cpp_neighborhood_attention", mutates_args=(), device_types="cpu")
-def attend(query: Tensor, key: Tensor, value: Tensor, kh: int, kw: int, scale: float) -> tuple[Tensor, Tensor]:
-    """
-    Args:
-        query, key, value: `(B, h, w, n, d)` on the CPU, any strides, float32, float16 or bfloat16.
-        kh, kw: window in tokens, odd, at most h and w.
-        scale: factor on the scores.
-
-    Returns:
-        `(B, h, w, n, d)`, and log2 of the softmax's denominators `(B, n, h, w)` in float32, which has no gradient.
-    """
+def _forward(query, key, value, norm, cos, sin, kh, kw, scale) -> tuple[Tensor, Tensor]:
     b, h, w, n, d = query.shape
-    q, k, v = _prepare(query, key, value)
+    q, k, v = _ready(query, key, value)
     out, lse = q.new_empty(q.shape), q.new_empty((b, n, h, w))
-    _call("forward", (q, k, v, out, lse), (q, k, v, out), kh, kw, scale)
+    _call("forward", (q, k, v, norm, cos, sin, out, lse), (q, k, v, out), cos, kh, kw, scale)
     return out[..., :d].to(query.dtype).contiguous(), lse
 
 
-@attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, kh: int, kw: int, scale: float) -> tuple[Tensor, Tensor]:
-    b, h, w, n, d = query.shape
-    return query.new_empty(query.shape), query.new_empty((b, n, h, w), dtype=torch.float32)
-
-
-@torch.library.custom_op("diffusers_hdit::cpp_neighborhood_attention_backward", mutates_args=(), device_types="cpu")
-def attend_backward(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    kh: int,
-    kw: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value from that of `out`; it has no gradient of its own."""
-    d = query.shape[-1]
-    q, k, v, o, g = _prepare(query, key, value, out, gradient)
+def _backward(gradient, query, key, value, norm, cos, sin, out, lse, kh, kw, scale) -> tuple[Tensor, ...]:
+    b, h, _, n, d = query.shape
+    q, k, v, o, g = _ready(query, key, value, out, gradient)
     o = o.contiguous()
     gradients = q.new_empty(q.shape), q.new_zeros(q.shape), q.new_zeros(q.shape)
-    _call("backward", (q, k, v, o, g, lse, *gradients), (q, k, v, o, g), kh, kw, scale)
-    return tuple(x[..., :d].to(query.dtype).contiguous() for x in gradients)
+    shares = q.new_empty(0 if norm is None else (2, b, n, h))
+    tensors = (q, k, v, norm, cos, sin, o, g, lse, *gradients, shares)
+    _call("backward", tensors, (q, k, v, o, g), cos, kh, kw, scale)
+    of_norm = shares if norm is None else shares.sum((0, 1, 3))
+    return *(x[..., :d].to(query.dtype).contiguous() for x in gradients), of_norm
 
 
-@attend_backward.register_fake
-def _(gradient, query, key, value, out, lse, kh, kw, scale) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
-
-
-def _keep(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.options = inputs[3:]
-
-
-def _gradients(ctx, gradient: Tensor, _: Tensor) -> tuple:
-    return *attend_backward(gradient, *ctx.saved_tensors, *ctx.options), None, None, None
-
-
-attend.register_autograd(_gradients, setup_context=_keep)
+attend, attend_backward = make_operators("cpp", _forward, _backward, device_types="cpu")

@@ -4,9 +4,14 @@ The softmax over the blocks of a halo is that of Dao et al. 2022, "FlashAttentio
 (algorithm 1; the backward pass recomputes the weights from the saved log-sum-exp, algorithm 4). The windows are those
 of `neighborhood.py`, which calls this. Imported only where the backend is used: it needs Triton.
 
+Queries and keys that are still to be scaled and rotated (`cosine_similarity`) are as they are loaded, and their gradients
+go the same way back before they are stored.
+
 Shapes:
     B batch              h, w grid of tokens        n heads         d channels of a head
     kh, kw window        tile: TH x TW tokens       block: BH x BW tokens of the halo, taken at once
+    PAIRS of channels of a head are turned (0: none; -1: nothing is to be scaled either); PW, RW: channels of a part of them,
+    and of the rest, as many as a product of matrices takes
 """
 
 import contextlib
@@ -16,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import JITFunction
+
+from .neighborhood_operators import make_operators
 
 
 HEAD_DIMS = (16, 32, 64, 128)
@@ -81,23 +88,141 @@ def _at(pointer, image, head, y, x, stride_b, stride_y, stride_x, stride_n):
 
 
 @triton.jit
-def _load(pointer, row, column, stride_y, stride_x, inside, D: tl.constexpr):
-    """Tokens `(rows * columns, D)` from `pointer` on, zero where not `inside`."""
-    offset = (row * stride_y + column * stride_x)[:, None] + tl.arange(0, D)[None, :]
-    return tl.load(pointer + offset, mask=inside[:, None], other=0.0)
+def _offsets(row, column, stride_y, stride_x, inside, FIRST: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr):
+    """Where channels FIRST to FIRST + COUNT of tokens are, WIDE of them, and which of these exist."""
+    channel = tl.arange(0, WIDE)
+    offset = (row * stride_y + column * stride_x)[:, None] + FIRST + channel[None, :]
+    exists = inside[:, None]
+    if COUNT < WIDE:
+        exists = exists & (channel < COUNT)[None, :]
+    return offset, exists
 
 
 @triton.jit
-def _store(pointer, x, row, column, stride_y, stride_x, inside, D: tl.constexpr):
-    offset = (row * stride_y + column * stride_x)[:, None] + tl.arange(0, D)[None, :]
-    tl.store(pointer + offset, x.to(pointer.dtype.element_ty), mask=inside[:, None])
+def _load(
+    pointer, row, column, stride_y, stride_x, inside, FIRST: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr
+):
+    """Channels of the tokens `(rows * columns, WIDE)` from `pointer` on, zero where there are none."""
+    offset, exists = _offsets(row, column, stride_y, stride_x, inside, FIRST, COUNT, WIDE)
+    return tl.load(pointer + offset, mask=exists, other=0.0)
+
+
+@triton.jit
+def _store(
+    pointer, x, row, column, stride_y, stride_x, inside, FIRST: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr
+):
+    offset, exists = _offsets(row, column, stride_y, stride_x, inside, FIRST, COUNT, WIDE)
+    tl.store(pointer + offset, x.to(pointer.dtype.element_ty), mask=exists)
+
+
+# ---- Queries and keys, in three parts: first and second channels of the pairs that are turned, and the rest ----
+
+
+@triton.jit
+def _load_parts(
+    pointer, row, column, stride_y, stride_x, inside, D: tl.constexpr, PAIRS: tl.constexpr, PW: tl.constexpr,
+    RW: tl.constexpr,
+):  # fmt: skip
+    """As they are stored. Without pairs, the rest is all, and stands for the other parts."""
+    if PAIRS > 0:
+        first = _load(pointer, row, column, stride_y, stride_x, inside, 0, PAIRS, PW)
+        second = _load(pointer, row, column, stride_y, stride_x, inside, PAIRS, PAIRS, PW)
+        rest = _load(pointer, row, column, stride_y, stride_x, inside, 2 * PAIRS, D - 2 * PAIRS, RW)
+    else:
+        rest = _load(pointer, row, column, stride_y, stride_x, inside, 0, D, RW)
+        first, second = rest, rest
+    return first, second, rest
+
+
+@triton.jit
+def _load_angles(cos, sin, y, x, w, heads, head, inside, PAIRS: tl.constexpr, PW: tl.constexpr):
+    """Cosines and sines at the places y, x, of tables `(h, w, n, PAIRS)`."""
+    at = ((y * w + x) * heads + head) * PAIRS
+    return _load(cos, at, at, 1, 0, inside, 0, PAIRS, PW), _load(sin, at, at, 1, 0, inside, 0, PAIRS, PW)
+
+
+@triton.jit
+def _product(a, b, c, x, y, z, PAIRS: tl.constexpr):
+    """Of each token's a, b, c with its x, y, z."""
+    product = tl.sum(c * z, 1)
+    if PAIRS > 0:
+        product += tl.sum(a * x + b * y, 1)
+    return product
+
+
+@triton.jit
+def _load_ready(
+    pointer, row, column, stride_y, stride_x, inside, y, x, norm, cos, sin, w, heads, head,
+    D: tl.constexpr, PAIRS: tl.constexpr, PW: tl.constexpr, RW: tl.constexpr,
+):  # fmt: skip
+    """The parts of the tokens at the places y, x of the grid, scaled and turned in float32, rounded once."""
+    first, second, rest = _load_parts(pointer, row, column, stride_y, stride_x, inside, D, PAIRS, PW, RW)
+    if PAIRS >= 0:
+        a, b, c = first.to(tl.float32), second.to(tl.float32), rest.to(tl.float32)
+        factor = (tl.load(norm + head) * tl.rsqrt(_product(a, b, c, a, b, c, PAIRS) + 1e-6))[:, None]
+        rest = (c * factor).to(rest.dtype)
+        if PAIRS > 0:
+            cosine, sine = _load_angles(cos, sin, y, x, w, heads, head, inside, PAIRS, PW)
+            a, b = a * factor, b * factor
+            first, second = (a * cosine - b * sine).to(first.dtype), (b * cosine + a * sine).to(first.dtype)
+    return first, second, rest
+
+
+@triton.jit
+def _scores(a, b, c, x, y, z, PAIRS: tl.constexpr):
+    """Products `(rows, columns)` of the tokens with parts a, b, c and x, y, z."""
+    scores = _dot(c, tl.trans(z))
+    if PAIRS > 0:
+        scores += _dot(a, tl.trans(x)) + _dot(b, tl.trans(y))
+    return scores
+
+
+@triton.jit
+def _add_up(weights, x, y, z, a, b, c, PAIRS: tl.constexpr):
+    """The sums a, b, c plus weights times the tokens with parts x, y, z."""
+    weights = weights.to(z.dtype)
+    if PAIRS > 0:
+        a += _dot(weights, x)
+        b += _dot(weights, y)
+    return a, b, c + _dot(weights, z)
+
+
+@triton.jit
+def _store_gradient(
+    to, to_y, to_x, a, b, c, pointer, row, column, stride_y, stride_x, inside, y, x, norm, cos, sin, w, heads, head,
+    shares, D: tl.constexpr, PAIRS: tl.constexpr, PW: tl.constexpr, RW: tl.constexpr,
+):  # fmt: skip
+    """Stores at `to` the gradient of what is stored at `pointer`, and this program's share in that of norm; a, b, c are the
+    gradient of what `_load_ready` made of it."""
+    if PAIRS > 0:
+        cosine, sine = _load_angles(cos, sin, y, x, w, heads, head, inside, PAIRS, PW)
+        a, b = a * cosine + b * sine, b * cosine - a * sine
+    if PAIRS >= 0:
+        first, second, rest = _load_parts(pointer, row, column, stride_y, stride_x, inside, D, PAIRS, PW, RW)
+        first, second, rest = first.to(tl.float32), second.to(tl.float32), rest.to(tl.float32)
+        inverse = tl.rsqrt(_product(first, second, rest, first, second, rest, PAIRS) + 1e-6)
+        share = inverse * _product(first, second, rest, a, b, c, PAIRS)
+        tl.store(shares + tl.program_id(0), tl.sum(tl.where(inside, share, 0.0)))
+        factor, along = (tl.load(norm + head) * inverse)[:, None], (inverse * share)[:, None]
+        c = factor * (c - rest * along)
+        if PAIRS > 0:
+            a, b = factor * (a - first * along), factor * (b - second * along)
+    if PAIRS > 0:
+        _store(to, a, row, column, to_y, to_x, inside, 0, PAIRS, PW)
+        _store(to, b, row, column, to_y, to_x, inside, PAIRS, PAIRS, PW)
+        _store(to, c, row, column, to_y, to_x, inside, 2 * PAIRS, D - 2 * PAIRS, RW)
+    else:
+        _store(to, c, row, column, to_y, to_x, inside, 0, D, RW)
+
+
+# ---- The kernels ----
 
 
 @triton.jit
 def _forward_kernel(
-    query, key, value, out, lse, scale, h, w, heads,
+    query, key, value, norm, cos, sin, out, lse, scale, h, w, heads,
     qb, qy, qx, qn, kb, ky, kx, kn, vb, vy, vx, vn, ob, oy, ox, on,
-    KH: tl.constexpr, KW: tl.constexpr, D: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, PW: tl.constexpr, RW: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """`out` of one tile of queries, and `lse (B, n, h, w)`: log2 of the sums that the softmax divides by."""
@@ -106,7 +231,10 @@ def _forward_kernel(
     row, column = token // TW, token % TW
     y, x = top + row, left + column
     inside = (y < h) & (x < w)
-    q = _load(_at(query, image, head, top, left, qb, qy, qx, qn), row, column, qy, qx, inside, D)
+    q1, q2, q3 = _load_ready(
+        _at(query, image, head, top, left, qb, qy, qx, qn), row, column, qy, qx, inside, y, x,
+        norm, cos, sin, w, heads, head, D, PAIRS, PW, RW,
+    )  # fmt: skip
     first_y, rows = _keys_seen(top, TH, KH, h)
     first_x, columns = _keys_seen(left, TW, KW, w)
 
@@ -119,26 +247,30 @@ def _forward_kernel(
         y0, x0 = first_y + step // blocks_x * BH, first_x + step % blocks_x * BW
         key_y, key_x = y0 + block // BW, x0 + block % BW
         exists = (key_y < first_y + rows) & (key_x < first_x + columns)
-        k = _load(_at(key, image, head, y0, x0, kb, ky, kx, kn), block // BW, block % BW, ky, kx, exists, D)
-        v = _load(_at(value, image, head, y0, x0, vb, vy, vx, vn), block // BW, block % BW, vy, vx, exists, D)
+        k1, k2, k3 = _load_ready(
+            _at(key, image, head, y0, x0, kb, ky, kx, kn), block // BW, block % BW, ky, kx, exists, key_y, key_x,
+            norm, cos, sin, w, heads, head, D, PAIRS, PW, RW,
+        )  # fmt: skip
+        v = _load(_at(value, image, head, y0, x0, vb, vy, vx, vn), block // BW, block % BW, vy, vx, exists, 0, D, D)
         seen = _sees(y[:, None], x[:, None], key_y[None, :], key_x[None, :], h, w, KH, KW)
-        scores = tl.where(seen, _dot(q, tl.trans(k)), float("-inf"))
+        scores = tl.where(seen, _scores(q1, q2, q3, k1, k2, k3, PAIRS), float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1) * log2_scale)
         weights = tl.exp2(scores * log2_scale - higher[:, None])
         shrink = tl.exp2(highest - higher)
         total = total * shrink + tl.sum(weights, 1)
         sums = sums * shrink[:, None] + _dot(weights.to(v.dtype), v)
         highest = higher
-    _store(_at(out, image, head, top, left, ob, oy, ox, on), sums / total[:, None], row, column, oy, ox, inside, D)
+    to = _at(out, image, head, top, left, ob, oy, ox, on)
+    _store(to, sums / total[:, None], row, column, oy, ox, inside, 0, D, D)
     plane = lse + (image * heads + head).to(tl.int64) * h * w
     tl.store(plane + y * w + x, highest + tl.log2(total), mask=inside)
 
 
 @triton.jit
 def _query_gradient_kernel(
-    query, key, value, out, lse, out_gradient, delta, query_gradient, scale, h, w, heads,
+    query, key, value, norm, cos, sin, out, lse, out_gradient, delta, query_gradient, shares, scale, h, w, heads,
     qb, qy, qx, qn, kb, ky, kx, kn, vb, vy, vx, vn, ob, oy, ox, on, gb, gy, gx, gn,
-    KH: tl.constexpr, KW: tl.constexpr, D: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, PW: tl.constexpr, RW: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """Of one tile of queries; and `delta (B, n, h, w)`, the products of outputs with their gradients."""
@@ -147,9 +279,12 @@ def _query_gradient_kernel(
     row, column = token // TW, token % TW
     y, x = top + row, left + column
     inside = (y < h) & (x < w)
-    q = _load(_at(query, image, head, top, left, qb, qy, qx, qn), row, column, qy, qx, inside, D)
-    g = _load(_at(out_gradient, image, head, top, left, gb, gy, gx, gn), row, column, gy, gx, inside, D)
-    o = _load(_at(out, image, head, top, left, ob, oy, ox, on), row, column, oy, ox, inside, D)
+    queries = _at(query, image, head, top, left, qb, qy, qx, qn)
+    q1, q2, q3 = _load_ready(
+        queries, row, column, qy, qx, inside, y, x, norm, cos, sin, w, heads, head, D, PAIRS, PW, RW
+    )  # fmt: skip
+    g = _load(_at(out_gradient, image, head, top, left, gb, gy, gx, gn), row, column, gy, gx, inside, 0, D, D)
+    o = _load(_at(out, image, head, top, left, ob, oy, ox, on), row, column, oy, ox, inside, 0, D, D)
     product = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     plane = (image * heads + head).to(tl.int64) * h * w
     tl.store(delta + plane + y * w + x, product, mask=inside)
@@ -157,27 +292,35 @@ def _query_gradient_kernel(
     first_y, rows = _keys_seen(top, TH, KH, h)
     first_x, columns = _keys_seen(left, TW, KW, w)
 
-    sums = tl.zeros([TH * TW, D], tl.float32)
+    sums1 = tl.zeros([TH * TW, PW], tl.float32)
+    sums2 = tl.zeros([TH * TW, PW], tl.float32)
+    sums3 = tl.zeros([TH * TW, RW], tl.float32)
     blocks_x: tl.constexpr = (TW + KW + BW - 2) // BW  # a constant: with one block, its columns stay outside the loop
     for step in range(tl.cdiv(rows, BH) * blocks_x):
         y0, x0 = first_y + step // blocks_x * BH, first_x + step % blocks_x * BW
         key_y, key_x = y0 + block // BW, x0 + block % BW
         exists = (key_y < first_y + rows) & (key_x < first_x + columns)
-        k = _load(_at(key, image, head, y0, x0, kb, ky, kx, kn), block // BW, block % BW, ky, kx, exists, D)
-        v = _load(_at(value, image, head, y0, x0, vb, vy, vx, vn), block // BW, block % BW, vy, vx, exists, D)
+        k1, k2, k3 = _load_ready(
+            _at(key, image, head, y0, x0, kb, ky, kx, kn), block // BW, block % BW, ky, kx, exists, key_y, key_x,
+            norm, cos, sin, w, heads, head, D, PAIRS, PW, RW,
+        )  # fmt: skip
+        v = _load(_at(value, image, head, y0, x0, vb, vy, vx, vn), block // BW, block % BW, vy, vx, exists, 0, D, D)
         seen = _sees(y[:, None], x[:, None], key_y[None, :], key_x[None, :], h, w, KH, KW)
-        scores = _dot(q, tl.trans(k)) * (scale * 1.4426950408889634)
+        scores = _scores(q1, q2, q3, k1, k2, k3, PAIRS) * (scale * 1.4426950408889634)
         weights = tl.where(seen, tl.exp2(scores - log_total[:, None]), 0.0)
         score_gradients = weights * (_dot(g, tl.trans(v)) - product[:, None])
-        sums += _dot(score_gradients.to(k.dtype), k)
-    _store(_at(query_gradient, image, head, top, left, ob, oy, ox, on), sums * scale, row, column, oy, ox, inside, D)
+        sums1, sums2, sums3 = _add_up(score_gradients, k1, k2, k3, sums1, sums2, sums3, PAIRS)
+    _store_gradient(
+        _at(query_gradient, image, head, top, left, ob, oy, ox, on), oy, ox, sums1 * scale, sums2 * scale, sums3 * scale,
+        queries, row, column, qy, qx, inside, y, x, norm, cos, sin, w, heads, head, shares, D, PAIRS, PW, RW,
+    )  # fmt: skip
 
 
 @triton.jit
 def _key_value_gradient_kernel(
-    query, key, value, lse, out_gradient, delta, key_gradient, value_gradient, scale, h, w, heads,
+    query, key, value, norm, cos, sin, lse, out_gradient, delta, key_gradient, value_gradient, shares, scale, h, w, heads,
     qb, qy, qx, qn, kb, ky, kx, kn, vb, vy, vx, vn, ob, oy, ox, on, gb, gy, gx, gn,
-    KH: tl.constexpr, KW: tl.constexpr, D: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, PW: tl.constexpr, RW: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """Of one tile of keys, gathered from the queries that see them: each sum has one order, so runs repeat bit for bit."""
@@ -186,31 +329,44 @@ def _key_value_gradient_kernel(
     row, column = token // TW, token % TW
     y, x = top + row, left + column
     inside = (y < h) & (x < w)
-    k = _load(_at(key, image, head, top, left, kb, ky, kx, kn), row, column, ky, kx, inside, D)
-    v = _load(_at(value, image, head, top, left, vb, vy, vx, vn), row, column, vy, vx, inside, D)
+    keys = _at(key, image, head, top, left, kb, ky, kx, kn)
+    k1, k2, k3 = _load_ready(
+        keys, row, column, ky, kx, inside, y, x, norm, cos, sin, w, heads, head, D, PAIRS, PW, RW
+    )  # fmt: skip
+    v = _load(_at(value, image, head, top, left, vb, vy, vx, vn), row, column, vy, vx, inside, 0, D, D)
     plane = (image * heads + head).to(tl.int64) * h * w
     first_y, rows = _queries_seeing(top, TH, KH, h)
     first_x, columns = _queries_seeing(left, TW, KW, w)
 
-    key_sums = tl.zeros([TH * TW, D], tl.float32)
+    sums1 = tl.zeros([TH * TW, PW], tl.float32)
+    sums2 = tl.zeros([TH * TW, PW], tl.float32)
+    sums3 = tl.zeros([TH * TW, RW], tl.float32)
     value_sums = tl.zeros([TH * TW, D], tl.float32)
     blocks_x = tl.cdiv(columns, BW)
     for step in range(tl.cdiv(rows, BH) * blocks_x):
         y0, x0 = first_y + step // blocks_x * BH, first_x + step % blocks_x * BW
         query_y, query_x = y0 + block // BW, x0 + block % BW
         exists = (query_y < first_y + rows) & (query_x < first_x + columns)
-        q = _load(_at(query, image, head, y0, x0, qb, qy, qx, qn), block // BW, block % BW, qy, qx, exists, D)
-        g = _load(_at(out_gradient, image, head, y0, x0, gb, gy, gx, gn), block // BW, block % BW, gy, gx, exists, D)
+        q1, q2, q3 = _load_ready(
+            _at(query, image, head, y0, x0, qb, qy, qx, qn), block // BW, block % BW, qy, qx, exists, query_y, query_x,
+            norm, cos, sin, w, heads, head, D, PAIRS, PW, RW,
+        )  # fmt: skip
+        to_g = _at(out_gradient, image, head, y0, x0, gb, gy, gx, gn)
+        g = _load(to_g, block // BW, block % BW, gy, gx, exists, 0, D, D)
         log_total = tl.load(lse + plane + query_y * w + query_x, mask=exists, other=0.0)
         product = tl.load(delta + plane + query_y * w + query_x, mask=exists, other=0.0)
         seen = _sees(query_y[None, :], query_x[None, :], y[:, None], x[:, None], h, w, KH, KW) & exists[None, :]
-        scores = _dot(k, tl.trans(q)) * (scale * 1.4426950408889634)  # keys x queries
+        scores = _scores(k1, k2, k3, q1, q2, q3, PAIRS) * (scale * 1.4426950408889634)  # keys x queries
         weights = tl.where(seen, tl.exp2(scores - log_total[None, :]), 0.0)
         value_sums += _dot(weights.to(g.dtype), g)
         score_gradients = weights * (_dot(v, tl.trans(g)) - product[None, :])
-        key_sums += _dot(score_gradients.to(q.dtype), q)
-    _store(_at(key_gradient, image, head, top, left, ob, oy, ox, on), key_sums * scale, row, column, oy, ox, inside, D)
-    _store(_at(value_gradient, image, head, top, left, ob, oy, ox, on), value_sums, row, column, oy, ox, inside, D)
+        sums1, sums2, sums3 = _add_up(score_gradients, q1, q2, q3, sums1, sums2, sums3, PAIRS)
+    _store_gradient(
+        _at(key_gradient, image, head, top, left, ob, oy, ox, on), oy, ox, sums1 * scale, sums2 * scale, sums3 * scale,
+        keys, row, column, ky, kx, inside, y, x, norm, cos, sin, w, heads, head, shares, D, PAIRS, PW, RW,
+    )  # fmt: skip
+    to = _at(value_gradient, image, head, top, left, ob, oy, ox, on)
+    _store(to, value_sums, row, column, oy, ox, inside, 0, D, D)
 
 
 # ---- Launching ----
@@ -224,6 +380,13 @@ def launch_options(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
     return {"BH": 2, "BW": 16, "num_warps": 8 if head_dim == 128 else 4, "num_stages": 2}
 
 
+def part_sizes(head_dim: int, pairs: int) -> dict[str, int]:
+    """PAIRS, PW and RW: powers of two, and at least 16."""
+    turned = max(pairs, 0)
+    wide = {"PW": turned, "RW": head_dim - 2 * turned}
+    return {"PAIRS": pairs} | {name: max(16, triton.next_power_of_2(count)) for name, count in wide.items()}
+
+
 def _strides(*tensors: Tensor) -> list[int]:
     """Of batch, row, column and head."""
     return [stride for x in tensors for stride in x.stride()[:4]]
@@ -233,78 +396,49 @@ def _dense_channels(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _launch(kernel, tensors: tuple, strided: tuple, query: Tensor, kh: int, kw: int, scale: float) -> None:
+def _tiles(query: Tensor) -> int:
+    return triton.cdiv(query.shape[1], _TILE[0]) * triton.cdiv(query.shape[2], _TILE[1])
+
+
+def _launch(
+    kernel, tensors: tuple, strided: tuple, norm: Tensor | None, cos: Tensor | None, kh: int, kw: int, scale: float
+) -> None:
+    query = tensors[0]
     b, h, w, n, d = query.shape
-    grid = (b * n * triton.cdiv(h, _TILE[0]) * triton.cdiv(w, _TILE[1]),)
-    sizes = {"KH": kh, "KW": kw, "D": d, "TH": _TILE[0], "TW": _TILE[1]}
+    pairs = -1 if norm is None else 0 if cos is None else cos.shape[-1]
+    sizes = {"KH": kh, "KW": kw, "D": d, **part_sizes(d, pairs), "TH": _TILE[0], "TW": _TILE[1]}
+    tensors = [query if x is None else x for x in tensors]  # a pointer that is not read
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-        kernel[grid](*tensors, scale, h, w, n, *_strides(*strided), **sizes, **launch_options(query.dtype, d))
+        kernel[(b * n * _tiles(query),)](
+            *tensors, scale, h, w, n, *_strides(*strided), **sizes, **launch_options(query.dtype, d)
+        )
 
 
-# One name for the whole process: unlike `neighborhood.py`, this file is not carried along with saved models.
-@torch.library.custom_op("diffusers_hdit::triton_neighborhood_attention", mutates_args=())
-def attend(query: Tensor, key: Tensor, value: Tensor, kh: int, kw: int, scale: float) -> tuple[Tensor, Tensor]:
-    """
-    Args:
-        query, key, value: `(B, h, w, n, d)`, any strides (channels that are not adjacent are copied), d one of
-            `HEAD_DIMS`, a dtype of `DTYPES`.
-        kh, kw: window in tokens, odd, at most h and w.
-        scale: factor on the scores, positive.
-
-    Returns:
-        `(B, h, w, n, d)`, and log2 of the softmax's denominators `(B, n, h, w)` in float32, which has no gradient.
-    """
+def _forward(query, key, value, norm, cos, sin, kh, kw, scale) -> tuple[Tensor, Tensor]:
     query, key, value = map(_dense_channels, (query, key, value))
     b, h, w, n, d = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty((b, n, h, w), dtype=torch.float32, device=query.device)
-    _launch(_forward_kernel, (query, key, value, out, lse), (query, key, value, out), query, kh, kw, scale)
+    tensors = (query, key, value, norm, cos, sin, out, lse)
+    _launch(_forward_kernel, tensors, (query, key, value, out), norm, cos, kh, kw, scale)
     return out, lse
 
 
-@attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, kh: int, kw: int, scale: float) -> tuple[Tensor, Tensor]:
-    b, h, w, n, d = query.shape
-    return query.new_empty(query.shape), query.new_empty((b, n, h, w), dtype=torch.float32)
-
-
-@torch.library.custom_op("diffusers_hdit::triton_neighborhood_attention_backward", mutates_args=())
-def attend_backward(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    kh: int,
-    kw: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value from that of `out`; it has no gradient of its own."""
+def _backward(gradient, query, key, value, norm, cos, sin, out, lse, kh, kw, scale) -> tuple[Tensor, ...]:
     gradient, query, key, value = map(_dense_channels, (gradient, query, key, value))
     gradients = [torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(3)]
     delta = torch.empty_like(lse)
-    strided = (query, key, value, out, gradient)
-    by_query = (query, key, value, out, lse, gradient, delta, gradients[0])
-    _launch(_query_gradient_kernel, by_query, strided, query, kh, kw, scale)
-    by_key = (query, key, value, lse, gradient, delta, *gradients[1:])  # delta is there now
-    _launch(_key_value_gradient_kernel, by_key, strided, query, kh, kw, scale)
-    return tuple(gradients)
+    b, n = lse.shape[:2]
+    # Of queries and keys, each image and head, each tile: summed up in one order, so runs repeat bit for bit.
+    shares = lse.new_empty(0 if norm is None else (2, b, n, _tiles(query)))
+    of_queries, of_keys = (None, None) if norm is None else shares
+    given, strided = (query, key, value, norm, cos, sin), (query, key, value, out, gradient)
+    by_query = (*given, out, lse, gradient, delta, gradients[0], of_queries)
+    _launch(_query_gradient_kernel, by_query, strided, norm, cos, kh, kw, scale)
+    by_key = (*given, lse, gradient, delta, *gradients[1:], of_keys)  # delta is there now
+    _launch(_key_value_gradient_kernel, by_key, strided, norm, cos, kh, kw, scale)
+    return *gradients, shares if norm is None else shares.sum((0, 1, 3))
 
 
-@attend_backward.register_fake
-def _(gradient, query, key, value, out, lse, kh, kw, scale) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
-
-
-def _keep(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.options = inputs[3:]
-
-
-def _gradients(ctx, gradient: Tensor, _: Tensor) -> tuple:
-    return *attend_backward(gradient, *ctx.saved_tensors, *ctx.options), None, None, None
-
-
-attend.register_autograd(_gradients, setup_context=_keep)
+attend, attend_backward = make_operators("triton", _forward, _backward)

@@ -1,0 +1,89 @@
+"""Kernels of our own as operators of PyTorch: with gradients, and as one node of a traced graph.
+
+Shapes: as in `neighborhood.py`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def make_operators(
+    name: str, forward: Callable, backward: Callable, device_types: str | None = None
+) -> tuple[Callable, Callable]:
+    """
+    Registers `diffusers_hdit::{name}_neighborhood_attention` and its backward pass. One name for the whole process: unlike
+    `neighborhood.py`, kernels are not carried along with saved models.
+
+    Args:
+        forward: takes
+
+            - query, key, value `(B, h, w, n, d)`, any strides;
+            - norm `(n,)` and cos, sin `(h, w, n, c)`, float32 and contiguous, or None: the length that queries and keys
+              are to be brought to first, and the angles that their channels `i` and `c + i` are to be turned by;
+            - kh, kw, the window in tokens, odd, at most h and w; scale, a factor on the scores;
+
+            and returns the output, `(B, h, w, n, d)` and contiguous, and log2 of the softmax's denominators,
+            `(B, n, h, w)` in float32, which has no gradient.
+        backward: takes the gradient of the output, the arguments of `forward` up to `sin`, what it returned, and its
+            other arguments; returns the gradients of query, key and value, contiguous, and of norm, `(n,)` in float32
+            (empty without a norm).
+        device_types: of the tensors, any if not given.
+    """
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        norm: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        kh: int,
+        kw: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        return forward(query, key, value, norm, cos, sin, kh, kw, scale)
+
+    def attend_backward(
+        gradient: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        norm: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        kh: int,
+        kw: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return backward(gradient, query, key, value, norm, cos, sin, out, lse, kh, kw, scale)
+
+    operator = f"diffusers_hdit::{name}_neighborhood_attention"
+    attend = torch.library.custom_op(operator, attend, mutates_args=(), device_types=device_types)
+    attend_backward = torch.library.custom_op(
+        f"{operator}_backward", attend_backward, mutates_args=(), device_types=device_types
+    )
+
+    @attend.register_fake
+    def _(query, key, value, norm, cos, sin, kh, kw, scale):
+        b, h, w, n, d = query.shape
+        return query.new_empty(query.shape), query.new_empty((b, n, h, w), dtype=torch.float32)
+
+    @attend_backward.register_fake
+    def _(gradient, query, key, value, norm, cos, sin, out, lse, kh, kw, scale):
+        like_norm = query.new_empty(0 if norm is None else norm.shape, dtype=torch.float32)
+        return *(query.new_empty(query.shape) for _ in range(3)), like_norm
+
+    def keep(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs[:6], *output)
+        ctx.options = inputs[6:]
+
+    def gradients(ctx, gradient: Tensor, _: Tensor) -> tuple:
+        *of_tensors, of_norm = attend_backward(gradient, *ctx.saved_tensors, *ctx.options)
+        return *of_tensors, of_norm if of_norm.numel() else None, None, None, None, None, None
+
+    attend.register_autograd(gradients, setup_context=keep)
+    return attend, attend_backward
