@@ -70,7 +70,8 @@ def neighborhood_attention(
     """
     kernel = _checked_kernel(query, key, value, kernel_size)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _IMPLEMENTATIONS[_chosen(query, key, value, kernel, backend)](query, key, value, kernel, scale)
+    name = _chosen(backend, kernel, query, key, value)
+    return _IMPLEMENTATIONS[name](query, key, value, kernel, scale)
 
 
 def cosine_neighborhood_attention(
@@ -106,7 +107,7 @@ def cosine_neighborhood_attention(
             raise ValueError(
                 f"rotary must be two tensors ({h}, {w}, {n}, c) with c at most {d // 2}, got {tuple(table.shape)}."
             )
-    name = _chosen(query, key, value, kernel, backend)
+    name = _chosen(backend, kernel, query, key, value, scale)
     if name in _OWN_KERNELS:
         return _own_kernels(name, query, key, value, kernel, 1.0, scale.float().sqrt(), rotary)
     query, key = cosine_similarity(query, scale, rotary), cosine_similarity(key, scale, rotary)
@@ -178,12 +179,12 @@ def unavailable_reason(
     return f"Neighborhood attention backend {backend!r} cannot run here: {problem}. Use 'auto' or 'tiled' instead."
 
 
-def _chosen(query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, int], backend: str) -> str:
+def _chosen(backend: str, kernel: tuple[int, int], query: Tensor, *others: Tensor) -> str:
     """The name, in `_IMPLEMENTATIONS`, of what computes this; raises ValueError for a backend that cannot."""
     whole_grid = kernel == tuple(query.shape[1:3])
     if whole_grid and backend == "auto":
         return "whole grid"
-    training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (query, *others))
     for name in ("natten", "cpp", "tiled") if backend == "auto" else (backend,):
         reason = unavailable_reason(
             name,

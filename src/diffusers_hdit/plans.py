@@ -18,8 +18,11 @@ def plan(build: Callable, like: Tensor, *key):
     """`build(*key)` for the sizes, dtype and device in `key`, remembered for the last few of them; `like` is any tensor of
     the computation that it is for."""
     # A traced graph computes the plan itself, once for all layers of one size: it may hold symbolic sizes, and a
-    # stored tensor would tie the graph to this cache. Tensor subclasses (fake ones, say) must not leak into it.
+    # stored tensor would tie the graph to this cache. Tensor subclasses (fake ones, say) must not leak into it, nor
+    # what a CUDA graph that is being captured will only compute when it is replayed.
     if torch.compiler.is_compiling() or type(like) is not Tensor:
+        return build(*key)
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
         return build(*key)
     key = (build, *key)
     with _plans_lock:
