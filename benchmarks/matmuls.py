@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+WITHOUT_PRODUCTS = ("diffusers_hdit::geglu", "diffusers_hdit::ada_rms_norm")
+
+
 @dataclass(frozen=True)
 class Product:
     """`kind` "linear" or "attention"; shape and strides of the two operands, 2-D or 3-D (batched)."""
@@ -54,7 +57,9 @@ class RecordProducts(TorchDispatchMode):
             # The gradient comes before query, key and value.
             self.add_attention(*args[1:4] if "backward" in name else args[:3], backward="backward" in name)
         elif function.namespace not in ("aten", "prim", "prims", "profiler"):
-            self.opaque.add(f"{function.namespace}::{name}")
+            operator = f"{function.namespace}::{name}"
+            if not operator.startswith(WITHOUT_PRODUCTS):
+                self.opaque.add(operator)
         return function(*args, **(kwargs or {}))
 
     def add(self, kind: str, a: Tensor, b: Tensor) -> None:

@@ -1,10 +1,11 @@
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from diffusers_hdit import HDiTModel
+from diffusers_hdit import HDiTModel, compiled, cpp_kernels, fused
 
 
 # Tests run side by side (pytest -n): a thread each, or they stand in each other's way.
@@ -28,6 +29,14 @@ def randomize(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
             if parameter.ndim > 1:
                 parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+@contextmanager
+def formulas():
+    """Norms and activations as PyTorch's operations, as on a GPU or without a compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "has_kernels", lambda hidden_states: False)
+        yield
 
 
 def kept_bytes(model: torch.nn.Module) -> int:
@@ -55,6 +64,16 @@ SMALL = {
     "kernel_size": 3,
     "mapping_width": 32,
 }
+
+
+@pytest.fixture
+def no_kernels_yet(monkeypatch, tmp_path):
+    """The folder of compiled kernels, empty, as in a new process."""
+    monkeypatch.setattr(compiled, "_library_problem", None)
+    monkeypatch.setattr(cpp_kernels, "_library", None)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setattr(cpp_kernels.tempfile, "gettempdir", lambda: str(tmp_path))
+    return tmp_path / "extensions"
 
 
 @pytest.fixture

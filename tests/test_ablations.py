@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from conftest import SMALL, kept_bytes, randomize, relative_error
+from conftest import SMALL, formulas, kept_bytes, randomize, relative_error
 from diffusers import EDMDPMSolverMultistepScheduler
 
 from diffusers_hdit import HDiTModel, HDiTPipeline
@@ -367,7 +367,8 @@ def test_profile_of_activation_memory_is_what_autograd_keeps(axis):
     config = {**SMALL, **axis, "kernel_size": 3}
     model = HDiTModel(**config).bfloat16()
     model.set_neighborhood_backend("tiled")
-    assert profile_model(config).activation_bytes == pytest.approx(kept_bytes(model), rel=0.1)
+    with formulas():
+        assert profile_model(config).activation_bytes == pytest.approx(kept_bytes(model), rel=0.1)
 
 
 @pytest.mark.parametrize(("grid", "kernel"), [((5, 9), 3), ((4, 4), 9), ((8, 6), 7)])

@@ -1,35 +1,17 @@
-"""The compiled kernels: values beyond those of test_neighborhood.py, threads, other processors, and no compiler."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Neighborhood attention in C++: values beyond those of test_neighborhood.py, threads, other processors."""
 
 import pytest
 import torch
 from conftest import relative_error
 from test_neighborhood import TOLERANCE, check_cosine_attention, cosine_inputs, reference, skip_without, tensors
 
-from diffusers_hdit import neighborhood, neighborhood_cpp
-from diffusers_hdit.neighborhood import cosine_neighborhood_attention, neighborhood_attention, unavailable_reason
-
-
-CPU = {"device": "cpu", "dtype": torch.float32, "head_dim": 16, "training": True}
+from diffusers_hdit import cpp_kernels, neighborhood_cpp
+from diffusers_hdit.neighborhood import cosine_neighborhood_attention, neighborhood_attention
 
 
 @pytest.fixture(autouse=True)
 def kernels():
     skip_without("cpp")
-
-
-@pytest.fixture
-def anew(monkeypatch, tmp_path):
-    """As in a new process with empty caches."""
-    monkeypatch.setattr(neighborhood, "_cpp_answer", None)
-    monkeypatch.setattr(neighborhood_cpp, "_library", None)
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    monkeypatch.setattr(neighborhood_cpp.tempfile, "gettempdir", lambda: str(tmp_path))
-    return tmp_path / "extensions"
 
 
 def attend_and_gradients(inputs, kernel_size, backend="cpp"):
@@ -128,16 +110,15 @@ def test_threads_do_not_change_a_bit_of_what_is_scaled_and_turned():
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
-def test_processors_without_avx512(anew, monkeypatch):
+def test_processors_without_avx512(no_kernels_yet, monkeypatch):
     """Eight lanes in place of sixteen; where the processor has no AVX-512, the others are tested by nobody."""
-    flags = [flag for flag in neighborhood_cpp._FLAGS if flag != "-march=native"]
-    monkeypatch.setattr(neighborhood_cpp, "_FLAGS", flags)
+    monkeypatch.setattr(cpp_kernels, "_FLAGS", [flag for flag in cpp_kernels._FLAGS if flag != "-march=native"])
     inputs = tensors(1, 20, 27, 2, 32, requires_grad=True)
     exact = attend_and_gradients([x.detach().double().requires_grad_() for x in inputs], 7, "tiled")
     for found, expected in zip(attend_and_gradients(inputs, 7), exact, strict=True):
         assert relative_error(found, expected) < TOLERANCE[torch.float32]
     check_cosine_attention("cpp", 1, 20, 27, 2, 32, 8, 7, 5e-6)
-    assert len(list(anew.iterdir())) == 1
+    assert len(list(no_kernels_yet.iterdir())) == 1
 
 
 def test_operators_are_registered_right():
@@ -157,46 +138,3 @@ def test_operators_are_registered_right():
     for size in (9, 12):
         inputs = tensors(1, size, 9, 1, 16, requires_grad=True)
         assert torch.equal(compiled(*inputs), step(*inputs))
-
-
-def test_compiled_once_and_kept(anew, monkeypatch):
-    assert unavailable_reason("cpp", **CPU) is None
-    (library,) = anew.iterdir()
-    monkeypatch.setattr(subprocess, "run", None)
-    assert neighborhood_cpp.compiled() == library
-    assert anew.stat().st_mode & 0o077 == 0
-    anew.chmod(0o777)
-    assert neighborhood_cpp._folders()[0] == anew
-    with pytest.raises(PermissionError, match="others than this user may write to it"):
-        neighborhood_cpp._compile("g++", [], anew, library.name)
-
-
-def test_without_a_compiler(anew, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    inputs = tensors(1, 9, 9, 1, 16)
-    message = "'cpp' cannot run here: its kernels need a C\\+\\+ compiler, and 'no-such-compiler' is missing"
-    with pytest.raises(ValueError, match=message):
-        neighborhood_attention(*inputs, 3, backend="cpp")
-    assert torch.equal(neighborhood_attention(*inputs, 3), neighborhood_attention(*inputs, 3, backend="tiled"))
-
-
-def test_a_compiler_that_fails(anew, monkeypatch):
-    monkeypatch.setattr(neighborhood_cpp, "_FLAGS", (*neighborhood_cpp._FLAGS, "-std=nonsense"))
-    assert "its kernels do not compile: " in unavailable_reason("cpp", **CPU)
-    assert not list(anew.iterdir()), "nothing unfinished is left"
-    assert neighborhood_attention(*tensors(1, 9, 9, 1, 16), 3).isfinite().all()
-
-
-def test_a_home_that_cannot_be_written_to(anew, tmp_path):
-    anew.write_text("a file")
-    assert neighborhood_cpp.compiled().parent == tmp_path / f"diffusers_hdit-{os.getuid()}"
-
-
-def test_processes_that_compile_at_once(tmp_path):
-    code = "from diffusers_hdit import neighborhood_cpp as n; print(n.library() and n.compiled())"
-    env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", code]
-    both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    paths = {process.communicate()[0].strip() for process in both}
-    assert [process.returncode for process in both] == [0, 0]
-    assert paths == {str(path) for path in tmp_path.iterdir()} and Path(paths.pop()).suffix == ".so"

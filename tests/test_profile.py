@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from conftest import SMALL, kept_bytes
+from conftest import SMALL, formulas, kept_bytes
 
 from diffusers_hdit import HDiTModel, presets
 from diffusers_hdit.profile import profile_model
@@ -48,7 +48,8 @@ def test_activation_memory_is_what_autograd_keeps(types):
     config = {**SMALL, "attention_types": types, "window_size": 4}
     model = HDiTModel(**config).bfloat16()
     model.set_neighborhood_backend("tiled")
-    assert profile_model(config).activation_bytes == pytest.approx(kept_bytes(model), rel=0.1)
+    with formulas():
+        assert profile_model(config).activation_bytes == pytest.approx(kept_bytes(model), rel=0.1)
 
 
 def test_command_line():

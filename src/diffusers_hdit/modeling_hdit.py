@@ -32,6 +32,7 @@ from .ablations import (
 from .conditions import check_class_labels, check_conditioning_image, check_vector
 from .configuration_hdit import Level, check_parts, pair, resolve_levels
 from .cosine import EPS, CosineAttention, hourglass_rotary_tables
+from .fused import ada_rms_norm, geglu
 from .neighborhood import (
     BACKENDS,
     cosine_neighborhood_attention,
@@ -87,8 +88,7 @@ class HDiTFeedForward(nn.Module):
         self.down_proj = zero_init(nn.Linear(ff_dim, dim, bias=False))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        value, gate = self.up_proj(hidden_states).chunk(2, dim=-1)
-        return self.down_proj(self.dropout(value * F.gelu(gate)))
+        return self.down_proj(self.dropout(geglu(self.up_proj(hidden_states))))
 
 
 class RMSNorm(nn.Module):
@@ -181,8 +181,7 @@ class AdaRMSNorm(nn.Module):
         self.linear = zero_init(nn.Linear(cond_dim, dim, bias=False))
 
     def forward(self, hidden_states: Tensor, cond: Tensor) -> Tensor:
-        scale = 1 + self.linear(cond)
-        return F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=EPS) * scale[:, None, None]
+        return ada_rms_norm(hidden_states, 1 + self.linear(cond))
 
 
 def zero_init(linear: nn.Linear) -> nn.Linear:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compiled import library_problem
 from .cosine import cosine_similarity
 from .plans import plan
 from .remote_code import package_module
@@ -597,24 +598,7 @@ def _cpp_problem(device_type: str, dtype: torch.dtype) -> str | None:
         return f"its kernels run on the CPU, not on {device_type!r}"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"its kernels are for float32, float16 and bfloat16, not for {dtype}"
-    return _cpp_library_problem() or None
-
-
-_cpp_answer: str | None = None
-
-
-@torch.compiler.assume_constant_result
-def _cpp_library_problem() -> str:
-    """Why there are no compiled kernels; empty if there are, compiled now at the latest."""
-    global _cpp_answer
-    if _cpp_answer is None:
-        try:
-            package_module("neighborhood_cpp").library()
-            _cpp_answer = ""
-        # Among others: no package around the code of a repository.
-        except (ImportError, OSError, RuntimeError) as error:
-            _cpp_answer = str(error)
-    return _cpp_answer
+    return library_problem() or None
 
 
 # ---- dense ----

@@ -15,59 +15,23 @@
 //
 // Shapes: B images, h x w tokens, n heads, d channels (a multiple of 16, next to each other), kh x kw window.
 
-#if defined(__clang__) || !defined(__GNUC__)
-#error "GCC is needed: PyTorch's threads are those of GCC's OpenMP"
-#endif
-
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <type_traits>
 #include <vector>
 
+#include "vectors.h"
+
 namespace {
 
-using Index = std::int64_t;
-
-#if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 2;
-#else
-constexpr int LANES = 8, ROWS = 1;
-#endif
+constexpr int ROWS = LANES == 16 ? 2 : 1;
 constexpr int GROUP = 8;  // distances whose scores are kept in registers together
 constexpr float NEVER = -INFINITY;
-
-typedef float Vec __attribute__((vector_size(4 * LANES), may_alias));
-typedef float VecAnywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef std::int32_t Mask __attribute__((vector_size(4 * LANES), may_alias));
-typedef std::uint32_t Bits __attribute__((vector_size(4 * LANES), may_alias));
-
-inline Vec load(const float* p) { return *reinterpret_cast<const VecAnywhere*>(p); }
-inline void store(float* p, Vec x) { *reinterpret_cast<VecAnywhere*>(p) = x; }
-inline Vec all(float x) { return Vec{} + x; }
-inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }  // b if either is NaN
-
-// 2^x for x <= 0 and a little above, NaN for NaN; the Taylor series of 2^f, |f| <= 1/2, up to f^7: 1e-8.
-inline Vec exp2(Vec x) {
-    const Vec shift = all(12582912.f);  // 1.5 * 2^23: the last bits of x + shift are x rounded
-    x = larger(all(-126.f), x);
-    const Vec rounded = x + shift, f = x - (rounded - shift);
-    Vec p = all(1.5252734e-5f);
-    for (float c : {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f})
-        p = p * f + c;
-    Bits bits, exponent, offset;
-    std::memcpy(&bits, &p, sizeof bits);
-    std::memcpy(&exponent, &rounded, sizeof exponent);
-    std::memcpy(&offset, &shift, sizeof offset);
-    bits += (exponent - offset) << 23;
-    std::memcpy(&p, &bits, sizeof p);
-    return x == x ? p : x;
-}
 
 struct Problem {
     Index B, h, w, n, d, kh, kw, pairs;
@@ -425,9 +389,9 @@ void for_bands(const Problem& p, Index height, Index offset, Index step, F work)
 
 }  // namespace
 
-extern "C" void forward(const float* query, const float* key, const float* value, const float* norm, const float* cos,
-                        const float* sin, float* out, float* lse, const Index* sizes, const Index* strides,
-                        float scale) {
+extern "C" void neighborhood_forward(const float* query, const float* key, const float* value, const float* norm,
+                                     const float* cos, const float* sin, float* out, float* lse, const Index* sizes,
+                                     const Index* strides, float scale) {
     const Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]};
     const In all_q(query, strides), all_k(key, strides + 4), v(value, strides + 8);
     const Cosine cosine{norm, cos, sin};
@@ -472,10 +436,10 @@ extern "C" void forward(const float* query, const float* key, const float* value
 
 // Adds to the gradients of keys and values, which begin as zeros. Of the gradient of norm the shares of the queries and
 // the keys of each row are written, (2, B, n, h).
-extern "C" void backward(const float* query, const float* key, const float* value, const float* norm, const float* cos,
-                         const float* sin, const float* out, const float* gradient, const float* lse, float* d_query,
-                         float* d_key, float* d_value, float* d_norm, const Index* sizes, const Index* strides,
-                         float scale) {
+extern "C" void neighborhood_backward(const float* query, const float* key, const float* value, const float* norm,
+                                      const float* cos, const float* sin, const float* out, const float* gradient,
+                                      const float* lse, float* d_query, float* d_key, float* d_value, float* d_norm,
+                                      const Index* sizes, const Index* strides, float scale) {
     const Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]};
     const In all_q(query, strides), all_k(key, strides + 4), v(value, strides + 8);
     const Cosine cosine{norm, cos, sin};

@@ -1,0 +1,130 @@
+"""AdaRMSNorm and GEGLU on the CPU in C++ (`fused_cpp.cpp`), as functions with gradients.
+
+float32 and bfloat16 in memory, float32 inside. Shapes: as in `fused.py`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+from .cosine import EPS
+from .cpp_kernels import call
+from .fused import ada_rms_norm_formula, geglu_formula
+
+
+_BLOCK = 64  # tokens whose share in the gradient of a scale is added up in a row
+
+_library = torch.library.Library("diffusers_hdit", "FRAGMENT")
+
+
+# ---- Operators: what a trace of PyTorch's sees ----
+
+
+def _operator(schema: str, kernel: Callable, fake: Callable) -> Callable:
+    name = _library.define(schema)
+    _library.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"diffusers_hdit::{name}", fake, lib=_library)
+    return getattr(torch.ops.diffusers_hdit, name).default
+
+
+def _call(function: str, dtype: torch.dtype, *arguments) -> None:
+    call(f"{function}_{str(dtype).removeprefix('torch.')}", *arguments)
+
+
+def _geglu_result(hidden: Tensor) -> Tensor:
+    return hidden.new_empty((*hidden.shape[:-1], hidden.shape[-1] // 2))
+
+
+def _geglu(hidden: Tensor) -> Tensor:
+    hidden, out = hidden.contiguous(), _geglu_result(hidden)
+    _call("geglu_forward", hidden.dtype, hidden, out, hidden.shape[:-1].numel(), out.shape[-1])
+    return out
+
+
+def _geglu_gradient(gradient: Tensor, hidden: Tensor) -> Tensor:
+    gradient, hidden = gradient.contiguous(), hidden.contiguous()
+    d_hidden = torch.empty_like(hidden)
+    rows = hidden.shape[:-1].numel()
+    _call("geglu_backward", hidden.dtype, gradient, hidden, d_hidden, rows, gradient.shape[-1])
+    return d_hidden
+
+
+def _norm(x: Tensor, scale: Tensor) -> Tensor:
+    x, factors = x.contiguous(), scale.float().contiguous()
+    out = torch.empty_like(x)
+    _call("norm_forward", x.dtype, x, factors, out, *_rows(x), EPS)
+    return out
+
+
+def _norm_gradients(gradient: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    gradient, x, factors = gradient.contiguous(), x.contiguous(), scale.float().contiguous()
+    images, tokens, channels = _rows(x)
+    d_x, shares = torch.empty_like(x), factors.new_empty((images, -(-tokens // _BLOCK), channels))
+    _call("norm_backward", x.dtype, gradient, x, factors, d_x, shares, images, tokens, channels, _BLOCK, EPS)
+    return d_x, shares.sum(1).to(scale.dtype)
+
+
+def _rows(x: Tensor) -> tuple[int, int, int]:
+    return x.shape[0], x.shape[1:-1].numel(), x.shape[-1]
+
+
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+geglu_kernel = _operator("geglu(Tensor hidden) -> Tensor", _geglu, _geglu_result)
+geglu_gradient = _operator(
+    "geglu_gradient(Tensor gradient, Tensor hidden) -> Tensor",
+    _geglu_gradient,
+    lambda gradient, hidden: _like(hidden),
+)
+norm_kernel = _operator("ada_rms_norm(Tensor x, Tensor scale) -> Tensor", _norm, lambda x, scale: _like(x))
+norm_gradients = _operator(
+    "ada_rms_norm_gradients(Tensor gradient, Tensor x, Tensor scale) -> (Tensor, Tensor)",
+    _norm_gradients,
+    lambda gradient, x, scale: (_like(x), _like(scale)),
+)
+
+
+# ---- Functions with gradients ----
+
+
+class _OnePass(torch.autograd.Function):
+    """`forward` and `gradient` are kernels; whatever else is asked for is computed from the formula."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+
+def _one_pass(name: str, formula: Callable, kernel: Callable, gradient: Callable) -> Callable:
+    def backward(ctx, of_output):
+        if torch.is_grad_enabled():  # a gradient of this gradient is wanted
+            return torch.func.vjp(formula, *ctx.saved_tensors)[1](of_output)
+        return gradient(of_output, *ctx.saved_tensors)
+
+    def jvp(ctx, *tangents):
+        # Forward mode cannot be nested; what a gradient does to the output's gradient is linear, and this is its transpose.
+        out, back = torch.func.vjp(formula, *ctx.saved_tensors)
+        return torch.func.vjp(back, out)[1](tangents)[0]
+
+    def vmap(info, dimensions, *inputs):
+        return torch.vmap(formula, dimensions)(*inputs), 0
+
+    methods = {"forward": kernel, "backward": backward, "jvp": jvp, "vmap": vmap}
+    function = type(name, (_OnePass,), {name: staticmethod(method) for name, method in methods.items()})
+
+    def apply(*inputs: Tensor) -> Tensor:
+        # A fifth of the time for small tensors, where nothing is to be differentiated.
+        if torch.is_grad_enabled() or any(unpack_dual(x).tangent is not None for x in inputs):
+            return function.apply(*inputs)
+        return kernel(*inputs)
+
+    return apply
+
+
+geglu = _one_pass("GEGLU", geglu_formula, geglu_kernel, geglu_gradient)
+ada_rms_norm = _one_pass("AdaRMSNorm", ada_rms_norm_formula, norm_kernel, norm_gradients)

@@ -1,0 +1,276 @@
+"""AdaRMSNorm and GEGLU in one pass: against the textbook's formulas in float64, and whatever PyTorch may ask of them."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import formulas, kept_bytes, randomize, relative_error
+from test_neighborhood import skip_without
+from torch.autograd import forward_ad
+
+from diffusers_hdit import cpp_kernels, fused, fused_cpp
+
+
+TOLERANCE = {torch.float32: 3e-7, torch.bfloat16: 3e-3}  # a rounding of results, and sums of 135 tokens
+
+
+@pytest.fixture(autouse=True)
+def kernels():
+    skip_without("cpp")
+
+
+def norm_by_the_book(x, scale):
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale[:, None, None]
+
+
+def geglu_by_the_book(hidden):
+    value, gate = hidden.split(hidden.shape[-1] // 2, -1)
+    return value * gate * (1 + torch.erf(gate / math.sqrt(2))) / 2
+
+
+def inputs_of(function, width, dtype=torch.float32, batch=2):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
+
+    if function is fused.ada_rms_norm:
+        return random(batch, 5, 27, width), random(batch, width)
+    return ((3 * random(batch, 5, 27, 2 * width)).detach().requires_grad_(),)
+
+
+FUNCTIONS = {fused.ada_rms_norm: norm_by_the_book, fused.geglu: geglu_by_the_book}
+both = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+
+
+def value_and_gradients(function, inputs):
+    out = function(*inputs)
+    weights = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).sin().view(out.shape)
+    return [out, *torch.autograd.grad(out, inputs, weights.to(out.dtype))]
+
+
+def check(function, inputs, tolerance):
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    for found, expected in zip(
+        value_and_gradients(function, inputs), value_and_gradients(FUNCTIONS[function], exact), strict=True
+    ):
+        assert found.dtype == inputs[0].dtype and relative_error(found, expected) < tolerance
+
+
+def ran_kernels(function, inputs):
+    return type(function(*inputs).grad_fn).__name__ in ("AdaRMSNormBackward", "GEGLUBackward")
+
+
+@both
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("width", [8, 24, 128, 200])  # less than a vector, with a rest, and without
+def test_against_float64(function, dtype, width):
+    inputs = inputs_of(function, width, dtype)
+    assert ran_kernels(function, inputs)
+    check(function, inputs, TOLERANCE[dtype])
+
+
+@both
+def test_processors_without_avx512(function, no_kernels_yet, monkeypatch):
+    monkeypatch.setattr(cpp_kernels, "_FLAGS", [flag for flag in cpp_kernels._FLAGS if flag != "-march=native"])
+    check(function, inputs_of(function, 36), TOLERANCE[torch.float32])
+    check(function, inputs_of(function, 36, torch.bfloat16), TOLERANCE[torch.bfloat16])
+
+
+@both
+def test_any_strides(function):
+    inputs = inputs_of(function, 24)
+    strided = [x.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for x in inputs]
+    assert not any(x.is_contiguous() for x in strided)
+    for found, expected in zip(
+        value_and_gradients(function, strided), value_and_gradients(function, inputs), strict=True
+    ):
+        assert torch.equal(found, expected)
+    out = function(*inputs)
+    same = torch.ones(()).expand(out.shape)  # as a sum hands it back: all of it is one number
+    for found, expected in zip(
+        torch.autograd.grad(function(*inputs), inputs, same),
+        torch.autograd.grad(out, inputs, same.contiguous()),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+
+
+@both
+def test_neither_threads_nor_the_batch_change_a_bit(function):
+    inputs = [x.detach().requires_grad_() for x in inputs_of(function, 600, batch=3)]
+    before, results = torch.get_num_threads(), []
+
+    def all_of(inputs):
+        out = function(*inputs)
+        return [out, *torch.autograd.grad(out.square().sum(), inputs)]
+
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(all_of(inputs))
+        alone = all_of([x.detach()[1:2].requires_grad_() for x in inputs])
+    finally:
+        torch.set_num_threads(before)
+    for one, two, single in zip(*results, alone, strict=True):
+        assert torch.equal(one, two) and torch.equal(one[1:2], single)
+
+
+def test_gates_far_out():
+    gates = torch.tensor([-1e30, -100.0, -14.0, -13.0, -5.0, -0.0, 0.0, 1e-30, 5.0, 13.0, 14.0, 100.0, 1e30])
+    hidden = torch.cat((torch.ones_like(gates), gates)).requires_grad_()
+    check(fused.geglu, [hidden], TOLERANCE[torch.float32])
+    out = fused.geglu(hidden)
+    assert out[:3].abs().max() < 1e-30 and torch.equal(out[-3:], gates[-3:])
+
+
+@both
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_so(function, number):
+    """A step with such numbers is left out of a training, which has to see them."""
+    inputs = inputs_of(function, 24)
+    with torch.no_grad():
+        inputs[0][0, 3, 4, 30 if function is fused.geglu else 5] = number
+    out, gradient, *_ = value_and_gradients(function, inputs)
+    bad = torch.zeros(2, 5, 27, dtype=torch.bool)
+    bad[0, 3, 4] = True
+    # A norm divides what is finite by infinity.
+    assert torch.equal(~out.isfinite().all(-1), bad) and torch.equal(~gradient.isfinite().all(-1), bad)
+
+
+@both
+def test_nothing_in_it(function):
+    out, *gradients = value_and_gradients(function, [x[:0].detach().requires_grad_() for x in inputs_of(function, 24)])
+    assert out.shape == (0, 5, 27, 24) and all(gradient.numel() == 0 for gradient in gradients)
+
+
+@both
+def test_second_derivatives(function):
+    inputs = inputs_of(function, 24)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    found, expected = (
+        torch.autograd.grad(
+            sum(x.square().sum() for x in torch.autograd.grad(f(*at).square().sum(), at, create_graph=True)), at
+        )
+        for f, at in ((function, inputs), (FUNCTIONS[function], exact))
+    )
+    for x, y in zip(found, expected, strict=True):
+        assert relative_error(x, y) < 3e-6
+
+
+def directional(function, at, count):
+    """The derivative with respect to the first `count` inputs along their cosines."""
+    some = tuple(at[:count])
+    return torch.func.jvp(lambda *x: function(*x, *at[count:]), some, tuple(x.cos() for x in some))[1]
+
+
+@both
+@pytest.mark.parametrize("under", [torch.enable_grad, torch.no_grad])
+def test_transforms_of_functions(function, under):
+    """A kernel that these do not see would lose what they carry along."""
+    inputs = [x.detach() for x in inputs_of(function, 24)]
+    exact, by_the_book, every = [x.double() for x in inputs], FUNCTIONS[function], tuple(range(len(inputs)))
+    with under():
+        for count in (1, len(inputs)):
+            expected = directional(by_the_book, exact, count)
+            assert relative_error(directional(function, inputs, count), expected) < 1e-6
+            with forward_ad.dual_level():
+                dual = [forward_ad.make_dual(x, x.cos()) for x in inputs[:count]]
+                found = forward_ad.unpack_dual(function(*dual, *inputs[count:])).tangent
+            assert relative_error(found, expected) < 1e-6
+
+        batched = torch.vmap(function)(*(x.expand(3, *x.shape) for x in inputs))
+        assert batched.shape == (3, *by_the_book(*exact).shape)
+        assert relative_error(batched[2], by_the_book(*exact)) < TOLERANCE[torch.float32]
+
+        gradient, exact_gradient = (
+            torch.func.grad(lambda *x, f=f: f(*x).sin().sum(), every) for f in (function, by_the_book)
+        )
+        for found, expected in zip(gradient(*inputs), exact_gradient(*exact), strict=True):
+            assert relative_error(found, expected) < 1e-6
+        forward_over_reverse = directional(lambda *x: gradient(*x)[0], inputs, 1)
+        assert relative_error(forward_over_reverse, directional(lambda *x: exact_gradient(*x)[0], exact, 1)) < 3e-6
+
+
+def test_operators_are_registered_right():
+    """Fake results and tracing, as PyTorch's own checks want them."""
+    x, scale = (x.detach() for x in inputs_of(fused.ada_rms_norm, 24))
+    (hidden,) = (x.detach() for x in inputs_of(fused.geglu, 24))
+    for operator, inputs in (
+        (fused_cpp.norm_kernel, (x, scale)),
+        (fused_cpp.norm_gradients, (x + 1, x, scale)),
+        (fused_cpp.geglu_kernel, (hidden,)),
+        (fused_cpp.geglu_gradient, (x, hidden)),
+    ):
+        torch.library.opcheck(operator, inputs)
+
+
+@both
+def test_compiled_networks_have_the_formulas(function):
+    """The compiler makes one pass of them and of what is around them."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph
+
+    torch._dynamo.reset()
+    inputs = inputs_of(function, 24)
+    torch.compile(function, backend=keep, fullgraph=True)(*inputs)
+    assert len(graphs) == 1 and "diffusers_hdit" not in graphs[0]
+
+
+@both
+def test_where_there_is_no_kernel(function):
+    for dtype in (torch.float64, torch.float16):
+        inputs = inputs_of(function, 24, dtype)
+        assert not ran_kernels(function, inputs) and function(*inputs).dtype == dtype
+    meta = [x.detach().to("meta") for x in inputs_of(function, 24)]
+    assert function(*meta).shape == (2, 5, 27, 24)
+
+
+def test_scales_of_another_type():
+    """As autocast makes them; where the result's type is not that of the tokens, the formula decides on it."""
+    x, scale = inputs_of(fused.ada_rms_norm, 24)
+    half = scale.detach().bfloat16().requires_grad_()
+    assert ran_kernels(fused.ada_rms_norm, (x, half))
+    out, _, of_scale = value_and_gradients(fused.ada_rms_norm, (x, half))
+    assert out.dtype == torch.float32 and of_scale.dtype == torch.bfloat16
+    assert relative_error(out, norm_by_the_book(x.double(), half.double())) < TOLERANCE[torch.float32]
+    assert fused.ada_rms_norm(x.detach().bfloat16(), scale).dtype == torch.float32
+
+
+def test_without_a_compiler(no_kernels_yet, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    inputs = inputs_of(fused.geglu, 24)
+    assert not ran_kernels(fused.geglu, inputs)
+    assert torch.equal(fused.geglu(*inputs), fused.geglu_formula(*inputs))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_whole_networks(make_model, autocast):
+    """As far from float64 as the formulas are."""
+    model = randomize(make_model())
+    sample, sigma = torch.randn(2, 3, 32, 32), torch.tensor([0.3, 2.0])
+
+    def run(model, autocast=False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model(sample.to(model.dtype), sigma).sample
+        parameters = [x for x in model.parameters() if x.requires_grad]
+        return [out, *torch.autograd.grad(out.square().mean(), parameters)]
+
+    by_kernels, exact = run(model, autocast), run(copy.deepcopy(model).double())
+    with formulas():
+        by_formulas = run(model, autocast)
+    assert any(not torch.equal(x, y) for x, y in zip(by_kernels, by_formulas, strict=True))
+    errors = [[relative_error(x, y) for x, y in zip(found, exact, strict=True)] for found in (by_kernels, by_formulas)]
+    assert sum(errors[0]) < 1.3 * sum(errors[1])
+    assert all(x.dtype == y.dtype for x, y in zip(by_kernels, by_formulas, strict=True))
+
+
+def test_less_is_kept_for_the_backward_pass(make_model):
+    model = make_model().bfloat16()
+    with formulas():
+        before = kept_bytes(model)
+    assert kept_bytes(model) < 0.85 * before
