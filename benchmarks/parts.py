@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from measure import Bench, Table, copy_bandwidth, matmul_rate
 from torch import Tensor
 
 from diffusers_hdit import HDiTModel, presets
 from diffusers_hdit.cosine import cosine_similarity
+from diffusers_hdit.fused import geglu
 
 
 @dataclass
@@ -49,10 +49,6 @@ def block_parts(model: HDiTModel, level: int, batch: int) -> list[Part]:
     def attend(query: Tensor, key: Tensor, value: Tensor, *_) -> Tensor:
         return attn.kind(query, key, value, attn.scale, rotary)
 
-    def activate(value: Tensor) -> Tensor:
-        value, gate = value.chunk(2, dim=-1)
-        return value * F.gelu(gate)
-
     pairs = batch * attn.kind.query_key_pairs(height, width)
     parts = [
         Part("first norm", lambda value, *_: block.norm1(value, cond), [x, block.norm1.linear.weight]),
@@ -63,7 +59,7 @@ def block_parts(model: HDiTModel, level: int, batch: int) -> list[Part]:
         Part("first residual", torch.add, [x, x.clone()]),
         Part("second norm", lambda value, *_: block.norm2(value, cond), [x, block.norm2.linear.weight]),
         linear("feed-forward up", ff.up_proj, x),
-        Part("GEGLU", activate, [hidden]),
+        Part("GEGLU", geglu, [hidden]),
         linear("feed-forward down", ff.down_proj, hidden[..., : ff.down_proj.in_features].contiguous()),
         Part("second residual", torch.add, [x, x.clone()]),
     ]

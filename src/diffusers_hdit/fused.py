@@ -1,6 +1,6 @@
 """Norm and activation of a block, each in one pass over memory where there are kernels for it (`fused_cpp.py`).
 
-Shapes: B batch, h×w tokens, D width of a level, F hidden width of its feed-forward.
+Shapes: B batch, D width of a level, F hidden width of its feed-forward.
 """
 
 import torch
@@ -12,16 +12,18 @@ from .cosine import EPS
 from .remote_code import package_module
 
 
-def ada_rms_norm(hidden_states: Tensor, scale: Tensor) -> Tensor:
-    """RMSNorm of `(B, h, w, D)` times a scale for each sample, `(B, D)`; statistics in float32."""
+def rms_norm(hidden_states: Tensor, scale: Tensor) -> Tensor:
+    """RMSNorm of `(B, ..., D)` times a scale `(D,)`, or one for each sample, `(B, D)`; statistics in float32."""
     same = scale.device == hidden_states.device and hidden_states.dtype in (scale.dtype, torch.float32)
     if same and has_kernels(hidden_states):
-        return package_module("fused_cpp").ada_rms_norm(hidden_states, scale)
-    return ada_rms_norm_formula(hidden_states, scale)
+        return package_module("fused_cpp").rms_norm(hidden_states, scale)
+    return rms_norm_formula(hidden_states, scale)
 
 
-def ada_rms_norm_formula(hidden_states: Tensor, scale: Tensor) -> Tensor:
-    return F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=EPS) * scale[:, None, None]
+def rms_norm_formula(hidden_states: Tensor, scale: Tensor) -> Tensor:
+    if scale.dim() == 2:
+        scale = scale.unflatten(0, (-1, *[1] * (hidden_states.dim() - 2)))
+    return F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=EPS) * scale
 
 
 def geglu(hidden_states: Tensor) -> Tensor:

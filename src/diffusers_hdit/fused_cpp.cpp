@@ -1,4 +1,4 @@
-// AdaRMSNorm and GEGLU on the CPU, forward and backward, each in one pass over memory; fused_cpp.py calls this.
+// RMSNorm and GEGLU on the CPU, forward and backward, each in one pass over memory; fused_cpp.py calls this.
 //
 // Backward passes keep nothing of the forward pass but its inputs: what they need of it is computed anew from a row that is
 // in the cache. float32 or bfloat16 in memory, float32 in registers.
@@ -128,7 +128,7 @@ void geglu_backward(const T* gradient, const T* hidden, T* d_hidden, Index rows,
     });
 }
 
-// ---- AdaRMSNorm: x / sqrt(mean of x² + eps) * scale, a scale for each image ----
+// ---- RMSNorm: x / sqrt(mean of x² + eps) * scale, a scale for each image ----
 
 template <typename T>
 void norm_forward(const T* x, const float* scale, T* out, Index images, Index tokens, Index channels, float eps) {

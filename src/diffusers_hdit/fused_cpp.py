@@ -1,4 +1,4 @@
-"""AdaRMSNorm and GEGLU on the CPU in C++ (`fused_cpp.cpp`), as functions with gradients.
+"""RMSNorm and GEGLU on the CPU in C++ (`fused_cpp.cpp`), as functions with gradients.
 
 float32 and bfloat16 in memory, float32 inside. Shapes: as in `fused.py`.
 """
@@ -11,7 +11,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from .cosine import EPS
 from .cpp_kernels import call
-from .fused import ada_rms_norm_formula, geglu_formula
+from .fused import geglu_formula, rms_norm_formula
 
 
 _BLOCK = 64  # tokens whose share in the gradient of a scale is added up in a row
@@ -54,20 +54,22 @@ def _geglu_gradient(gradient: Tensor, hidden: Tensor) -> Tensor:
 def _norm(x: Tensor, scale: Tensor) -> Tensor:
     x, factors = x.contiguous(), scale.float().contiguous()
     out = torch.empty_like(x)
-    _call("norm_forward", x.dtype, x, factors, out, *_rows(x), EPS)
+    _call("norm_forward", x.dtype, x, factors, out, *_rows(x, scale), EPS)
     return out
 
 
 def _norm_gradients(gradient: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     gradient, x, factors = gradient.contiguous(), x.contiguous(), scale.float().contiguous()
-    images, tokens, channels = _rows(x)
+    images, tokens, channels = _rows(x, scale)
     d_x, shares = torch.empty_like(x), factors.new_empty((images, -(-tokens // _BLOCK), channels))
     _call("norm_backward", x.dtype, gradient, x, factors, d_x, shares, images, tokens, channels, _BLOCK, EPS)
-    return d_x, shares.sum(1).to(scale.dtype)
+    return d_x, shares.sum(1).view(scale.shape).to(scale.dtype)
 
 
-def _rows(x: Tensor) -> tuple[int, int, int]:
-    return x.shape[0], x.shape[1:-1].numel(), x.shape[-1]
+def _rows(x: Tensor, scale: Tensor) -> tuple[int, int, int]:
+    """Images, each with a scale of its own, their tokens, channels."""
+    images = len(scale) if scale.dim() == 2 else 1
+    return images, x.shape[:-1].numel() // max(images, 1), x.shape[-1]
 
 
 def _like(x: Tensor) -> Tensor:
@@ -80,9 +82,9 @@ geglu_gradient = _operator(
     _geglu_gradient,
     lambda gradient, hidden: _like(hidden),
 )
-norm_kernel = _operator("ada_rms_norm(Tensor x, Tensor scale) -> Tensor", _norm, lambda x, scale: _like(x))
+norm_kernel = _operator("rms_norm(Tensor x, Tensor scale) -> Tensor", _norm, lambda x, scale: _like(x))
 norm_gradients = _operator(
-    "ada_rms_norm_gradients(Tensor gradient, Tensor x, Tensor scale) -> (Tensor, Tensor)",
+    "rms_norm_gradients(Tensor gradient, Tensor x, Tensor scale) -> (Tensor, Tensor)",
     _norm_gradients,
     lambda gradient, x, scale: (_like(x), _like(scale)),
 )
@@ -127,4 +129,4 @@ def _one_pass(name: str, formula: Callable, kernel: Callable, gradient: Callable
 
 
 geglu = _one_pass("GEGLU", geglu_formula, geglu_kernel, geglu_gradient)
-ada_rms_norm = _one_pass("AdaRMSNorm", ada_rms_norm_formula, norm_kernel, norm_gradients)
+rms_norm = _one_pass("RMSNorm", rms_norm_formula, norm_kernel, norm_gradients)

@@ -31,8 +31,8 @@ from .ablations import (
 )
 from .conditions import check_class_labels, check_conditioning_image, check_vector
 from .configuration_hdit import Level, check_parts, pair, resolve_levels
-from .cosine import EPS, CosineAttention, hourglass_rotary_tables
-from .fused import ada_rms_norm, geglu
+from .cosine import CosineAttention, hourglass_rotary_tables
+from .fused import geglu, rms_norm
 from .neighborhood import (
     BACKENDS,
     cosine_neighborhood_attention,
@@ -99,7 +99,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], eps=EPS) * self.weight.to(x.dtype)
+        return rms_norm(x, self.weight.to(x.dtype))
 
 
 class HDiTMappingBlock(nn.Module):
@@ -181,7 +181,7 @@ class AdaRMSNorm(nn.Module):
         self.linear = zero_init(nn.Linear(cond_dim, dim, bias=False))
 
     def forward(self, hidden_states: Tensor, cond: Tensor) -> Tensor:
-        return ada_rms_norm(hidden_states, 1 + self.linear(cond))
+        return rms_norm(hidden_states, 1 + self.linear(cond))
 
 
 def zero_init(linear: nn.Linear) -> nn.Linear:
