@@ -132,9 +132,10 @@ def test_gates_far_out():
 
 @each
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_stays_so(function, number):
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_what_is_not_finite_stays_so(function, number, dtype):
     """A step with such numbers is left out of a training, which has to see them."""
-    inputs = inputs_of(function, 24)
+    inputs = inputs_of(function, 24, dtype)
     with torch.no_grad():
         inputs[0][0, 3, 4, 30 if function is fused.geglu else 5] = number
     out, gradient, *_ = value_and_gradients(function, inputs)

@@ -33,12 +33,11 @@ inline Vec widen(const BFloat16* p) {
 
 inline void narrow(float* p, Vec x) { store(p, x); }
 
-// To the nearest, to the even one of two.
+// To the nearest, to the even one of two. NaN stays NaN: those that come of bfloat16 have no low bits to carry over.
 inline void narrow(BFloat16* p, Vec x) {
     Bits bits;
     std::memcpy(&bits, &x, sizeof bits);
     bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    bits = x == x ? bits : Bits{} + 0x7fc0;
     const Shorts half = __builtin_convertvector(bits, Shorts);
     std::memcpy(p, &half, sizeof half);
 }
