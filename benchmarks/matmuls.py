@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-WITHOUT_PRODUCTS = ("diffusers_hdit::geglu", "diffusers_hdit::rms_norm")
+WITHOUT_PRODUCTS = ("diffusers_hdit::geglu", "diffusers_hdit::rms_norm", "diffusers_hdit::scale_and_turn")
 
 
 @dataclass(frozen=True)

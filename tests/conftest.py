@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusers_hdit import HDiTModel, compiled, cpp_kernels, fused
+from diffusers_hdit import HDiTModel, compiled, cosine, cpp_kernels, fused
 
 
 # Tests run side by side (pytest -n): a thread each, or they stand in each other's way.
@@ -33,9 +33,10 @@ def randomize(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
 
 @contextmanager
 def formulas():
-    """Norms and activations as PyTorch's operations, as on a GPU or without a compiler."""
+    """Norms, activations, and queries and keys by PyTorch's operations, as on a GPU or without a compiler."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "has_kernels", lambda hidden_states: False)
+        for module in (fused, cosine):
+            patch.setattr(module, "has_kernels", lambda tensor: False)
         yield
 
 

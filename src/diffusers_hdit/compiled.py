@@ -1,6 +1,7 @@
 """Whether the C++ kernels for CPUs can run here. Code that comes with a repository asks too, and brings none along."""
 
 import torch
+from torch import Tensor
 
 from .remote_code import package_module
 
@@ -22,3 +23,15 @@ def library_problem() -> str:
         except (ImportError, OSError, RuntimeError) as error:
             _library_problem = str(error)
     return _library_problem
+
+
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether `fused_cpp.py` works on it: on a CPU, in float32 or bfloat16. In a traced graph it does not, for the compiler
+    makes one pass of formulas and what is around them."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and tensor.dtype in (torch.float32, torch.bfloat16)
+        and not library_problem()
+    )

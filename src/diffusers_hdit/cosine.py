@@ -10,6 +10,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .compiled import has_kernels
+from .remote_code import package_module
+
 
 EPS = 1e-6
 
@@ -79,13 +82,24 @@ def cosine_similarity(x: Tensor, scale: Tensor, rotary: tuple[Tensor, Tensor] | 
         scale: `(n,)`, positive.
         rotary: cosines and sines as of `axial_rotary_tables`, None for none.
     """
-    y = x.to(torch.promote_types(x.dtype, torch.float32))
-    y = y * (scale.to(y.dtype).sqrt()[:, None] * torch.rsqrt(y.square().sum(-1, keepdim=True) + EPS))
-    if rotary is None:
-        return y.to(x.dtype)
-    cos, sin = rotary
-    quarter = cos.shape[-1]
-    first, second, rest = y.split((quarter, quarter, y.shape[-1] - 2 * quarter), dim=-1)
+    norm = scale.to(torch.promote_types(x.dtype, torch.float32)).sqrt()
+    cos, sin = (norm.new_empty((*x.shape[1:4], 0)),) * 2 if rotary is None else rotary
+    if (
+        norm.device == x.device == cos.device
+        and cos.dtype == torch.float32
+        and has_kernels(x)
+        and not cos.requires_grad
+    ):
+        return package_module("fused_cpp").scale_and_turn(x, norm, cos, sin)
+    return scale_and_turn_formula(x, norm, cos, sin)
+
+
+def scale_and_turn_formula(x: Tensor, norm: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """To the lengths norm `(n,)`, then by the angles of cos and sin `(h, w, n, c)`."""
+    y = x.to(norm.dtype)
+    y = y * (norm[:, None] * torch.rsqrt(y.square().sum(-1, keepdim=True) + EPS))
+    pairs = cos.shape[-1]
+    first, second, rest = y.split((pairs, pairs, y.shape[-1] - 2 * pairs), dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1).to(x.dtype)
 
 

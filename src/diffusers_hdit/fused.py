@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compiled import library_problem
+from .compiled import has_kernels
 from .cosine import EPS
 from .remote_code import package_module
 
@@ -36,15 +36,3 @@ def geglu(hidden_states: Tensor) -> Tensor:
 def geglu_formula(hidden_states: Tensor) -> Tensor:
     value, gate = hidden_states.chunk(2, dim=-1)
     return value * F.gelu(gate)
-
-
-def has_kernels(hidden_states: Tensor) -> bool:
-    """Whether there are kernels for it: on a CPU, in float32 or bfloat16. In a traced graph there are none, for the compiler
-    makes one pass of the formulas and what is around them."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(hidden_states) is Tensor
-        and hidden_states.device.type == "cpu"
-        and hidden_states.dtype in (torch.float32, torch.bfloat16)
-        and not library_problem()
-    )

@@ -1,16 +1,19 @@
-// RMSNorm and GEGLU on the CPU, forward and backward, each in one pass over memory; fused_cpp.py calls this.
+// RMSNorm, GEGLU, and the scaling and turning of queries and keys on the CPU, forward and backward, each in one pass over
+// memory; fused_cpp.py calls this.
 //
 // Backward passes keep nothing of the forward pass but its inputs: what they need of it is computed anew from a row that is
 // in the cache. float32 or bfloat16 in memory, float32 in registers.
 //
-// Shapes: B images, R tokens of each, D channels.
+// Shapes: B images, R tokens of each, D channels; n heads of d channels.
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
+#include <vector>
 
+#include "cosine.h"
 #include "vectors.h"
 
 namespace {
@@ -75,12 +78,6 @@ void in_parallel(Index count, Index channels, F f) {
     at::parallel_for(0, count, std::max<Index>(1, 32768 / std::max<Index>(channels, 1)), [&](Index begin, Index end) {
         for (Index i = begin; i < end; i++) f(i);
     });
-}
-
-inline float sum_of(Vec x) {
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += x[i];
-    return sum;
 }
 
 // ---- GEGLU: value * gelu(gate) of rows (value, gate) ----
@@ -179,6 +176,64 @@ void norm_backward(const T* gradient, const T* x, const float* scale, T* d_x, fl
     });
 }
 
+// ---- Queries or keys (B, R, n, d), scaled and turned: cosine.h ----
+
+// As floats, with zeros up to a multiple of LANES.
+template <typename T>
+void unpack(const T* from, Index channels, float* to) {
+    for_channels(channels, [=](Index c, auto count) { store(to + c, take(from + c, count)); });
+}
+
+template <typename T>
+void pack(const float* from, Index channels, T* to) {
+    for_channels(channels, [=](Index c, auto count) { put(to + c, load(from + c), count); });
+}
+
+struct Heads {
+    const float *norm, *cos, *sin;  // (n), and (R, n, pairs)
+    Index images, tokens, heads, channels, pairs;
+
+    Index padded() const { return (channels + LANES - 1) / LANES * LANES; }
+    Cosine at(Index token, Index head) const {
+        const Index angles = (token * heads + head) * pairs;
+        return {norm[head], cos + angles, sin + angles, pairs, padded()};
+    }
+};
+
+template <typename T>
+void cosine_forward(const T* x, T* out, Index block, const Heads& h) {
+    const Index rows = h.images * h.tokens, blocks = (rows + block - 1) / block;
+    in_parallel(blocks, block * h.heads * h.channels, [=](Index task) {
+        std::vector<float> token(h.padded()), made(h.padded());
+        for (Index row = task * block; row < std::min((task + 1) * block, rows); row++)
+            for (Index head = 0; head < h.heads; head++) {
+                const Index at = (row * h.heads + head) * h.channels;
+                unpack(x + at, h.channels, token.data());
+                h.at(row % h.tokens, head).apply(token.data(), made.data());
+                pack(made.data(), h.channels, out + at);
+            }
+    });
+}
+
+// The gradient of norm is left in shares, (B, blocks, n), as that of scale is by norm_backward.
+template <typename T>
+void cosine_backward(const T* gradient, const T* x, T* d_x, float* shares, Index block, const Heads& h) {
+    const Index blocks = (h.tokens + block - 1) / block;
+    in_parallel(h.images * blocks, block * h.heads * h.channels, [=](Index task) {
+        const Index image = task / blocks, first = task % blocks * block;
+        std::vector<float> token(h.padded()), made(h.padded());
+        std::fill_n(shares + task * h.heads, h.heads, 0.f);
+        for (Index i = first; i < std::min(first + block, h.tokens); i++)
+            for (Index head = 0; head < h.heads; head++) {
+                const Index at = ((image * h.tokens + i) * h.heads + head) * h.channels;
+                unpack(x + at, h.channels, token.data());
+                unpack(gradient + at, h.channels, made.data());
+                shares[task * h.heads + head] += h.at(i, head).go_back(token.data(), made.data());
+                pack(made.data(), h.channels, d_x + at);
+            }
+    });
+}
+
 }  // namespace
 
 #define FUSED_KERNELS(name, T)                                                                                       \
@@ -196,6 +251,17 @@ void norm_backward(const T* gradient, const T* x, const float* scale, T* d_x, fl
     extern "C" void norm_backward_##name(const T* gradient, const T* x, const float* scale, T* d_x, float* shares,   \
                                          Index images, Index tokens, Index channels, Index block, float eps) {       \
         norm_backward(gradient, x, scale, d_x, shares, images, tokens, channels, block, eps);                        \
+    }                                                                                                                \
+    extern "C" void cosine_forward_##name(const T* x, const float* norm, const float* cos, const float* sin, T* out, \
+                                          Index block, Index images, Index tokens, Index heads, Index channels,      \
+                                          Index pairs) {                                                             \
+        cosine_forward(x, out, block, Heads{norm, cos, sin, images, tokens, heads, channels, pairs});                \
+    }                                                                                                                \
+    extern "C" void cosine_backward_##name(const T* gradient, const T* x, const float* norm, const float* cos,       \
+                                           const float* sin, T* d_x, float* shares, Index block, Index images,       \
+                                           Index tokens, Index heads, Index channels, Index pairs) {                 \
+        cosine_backward(gradient, x, d_x, shares, block,                                                             \
+                        Heads{norm, cos, sin, images, tokens, heads, channels, pairs});                              \
     }
 
 FUSED_KERNELS(float32, float)

@@ -1,6 +1,6 @@
-"""RMSNorm and GEGLU on the CPU in C++ (`fused_cpp.cpp`), as functions with gradients.
+"""RMSNorm, GEGLU, and the scaling and turning of queries and keys on the CPU in C++ (`fused_cpp.cpp`), with gradients.
 
-float32 and bfloat16 in memory, float32 inside. Shapes: as in `fused.py`.
+float32 and bfloat16 in memory, float32 inside. Shapes: as in `fused.py` and `cosine.py`.
 """
 
 from collections.abc import Callable
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from .cosine import EPS
+from .cosine import EPS, scale_and_turn_formula
 from .cpp_kernels import call
 from .fused import geglu_formula, rms_norm_formula
 
 
-_BLOCK = 64  # tokens whose share in the gradient of a scale is added up in a row
+_BLOCK = 64  # tokens that a thread takes at once, and adds up the gradient of a scale of
 
 _library = torch.library.Library("diffusers_hdit", "FRAGMENT")
 
@@ -72,6 +72,33 @@ def _rows(x: Tensor, scale: Tensor) -> tuple[int, int, int]:
     return images, x.shape[:-1].numel() // max(images, 1), x.shape[-1]
 
 
+def _scale_and_turn(x: Tensor, norm: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x, norm, cos, sin = (tensor.contiguous() for tensor in (x, norm, cos, sin))
+    out = torch.empty_like(x)
+    _call("cosine_forward", x.dtype, x, norm, cos, sin, out, _BLOCK, *_heads(x, cos))
+    return out
+
+
+def _scale_and_turn_gradients(
+    gradient: Tensor, x: Tensor, norm: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    gradient, x, norm, cos, sin = (tensor.contiguous() for tensor in (gradient, x, norm, cos, sin))
+    images, tokens, heads, *channels = _heads(x, cos)
+    d_x, shares = torch.empty_like(x), norm.new_empty((images, -(-tokens // _BLOCK), heads))
+    _call(
+        "cosine_backward",
+        x.dtype,
+        *(gradient, x, norm, cos, sin, d_x, shares),
+        *(_BLOCK, images, tokens, heads, *channels),
+    )
+    return d_x, shares.sum((0, 1))
+
+
+def _heads(x: Tensor, cos: Tensor) -> tuple[int, ...]:
+    images, height, width, heads, channels = x.shape
+    return images, height * width, heads, channels, cos.shape[-1]
+
+
 def _like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -87,6 +114,16 @@ norm_gradients = _operator(
     "rms_norm_gradients(Tensor gradient, Tensor x, Tensor scale) -> (Tensor, Tensor)",
     _norm_gradients,
     lambda gradient, x, scale: (_like(x), _like(scale)),
+)
+turn_kernel = _operator(
+    "scale_and_turn(Tensor x, Tensor norm, Tensor cos, Tensor sin) -> Tensor",
+    _scale_and_turn,
+    lambda x, norm, cos, sin: _like(x),
+)
+turn_gradients = _operator(
+    "scale_and_turn_gradients(Tensor gradient, Tensor x, Tensor norm, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
+    _scale_and_turn_gradients,
+    lambda gradient, x, norm, cos, sin: (_like(x), _like(norm)),
 )
 
 
@@ -106,7 +143,8 @@ def _one_pass(name: str, formula: Callable, kernel: Callable, gradient: Callable
     def backward(ctx, of_output):
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted
             return torch.func.vjp(formula, *ctx.saved_tensors)[1](of_output)
-        return gradient(of_output, *ctx.saved_tensors)
+        found = gradient(of_output, *ctx.saved_tensors)
+        return *found, *[None] * (len(ctx.saved_tensors) - len(found))  # angles have none
 
     def jvp(ctx, *tangents):
         # Forward mode cannot be nested; what a gradient does to the output's gradient is linear, and this is its transpose.
@@ -128,5 +166,6 @@ def _one_pass(name: str, formula: Callable, kernel: Callable, gradient: Callable
     return apply
 
 
-geglu = _one_pass("GEGLU", geglu_formula, geglu_kernel, geglu_gradient)
+geglu = _one_pass("GEGLU", geglu_formula, geglu_kernel, lambda *inputs: (geglu_gradient(*inputs),))
 rms_norm = _one_pass("RMSNorm", rms_norm_formula, norm_kernel, norm_gradients)
+scale_and_turn = _one_pass("ScaleAndTurn", scale_and_turn_formula, turn_kernel, turn_gradients)

@@ -25,6 +25,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cosine.h"
 #include "vectors.h"
 
 namespace {
@@ -65,47 +66,13 @@ Buffer buffer(Index count) {
     return Buffer(static_cast<float*>(std::aligned_alloc(64, round_up(count * sizeof(float), 64))));
 }
 
-float product(const float* a, const float* b, Index d) {
-    Vec sum = {};
-    for (Index c = 0; c < d; c += LANES) sum += load(a + c) * load(b + c);
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += sum[i];
-    return total;
-}
-
-// `cosine_similarity` of cosine.py: a token of a head is brought to the length norm, then its channels c and pairs + c
-// are turned by an angle. Without norm (a null pointer) nothing is to be done.
-struct Cosine {
+// How queries and keys are to be scaled and turned. Without norm (a null pointer) nothing is to be done.
+struct Cosines {
     const float *norm, *cos, *sin;  // (n), and (h, w, n, pairs)
 
-    Index angles(const Problem& p, Index head, Index y, Index x) const {
-        return ((y * p.w + x) * p.n + head) * p.pairs;
-    }
-    static float inverse_length(const float* token, Index d) { return 1 / std::sqrt(product(token, token, d) + 1e-6f); }
-
-    void apply(const Problem& p, Index head, Index y, Index x, const float* token, float* __restrict to) const {
-        const float factor = norm[head] * inverse_length(token, p.d);
-        for (Index c = 0; c < p.d; c += LANES) store(to + c, load(token + c) * factor);
-        turn(p, head, y, x, to, 1);
-    }
-
-    // The gradient of what `apply` made becomes that of the token, in place; returns the token's share in that of norm.
-    float go_back(const Problem& p, Index head, Index y, Index x, const float* token, float* __restrict gradient) const {
-        turn(p, head, y, x, gradient, -1);
-        const float inverse = inverse_length(token, p.d), share = inverse * product(token, gradient, p.d);
-        for (Index c = 0; c < p.d; c += LANES)
-            store(gradient + c, norm[head] * inverse * (load(gradient + c) - load(token + c) * (inverse * share)));
-        return share;
-    }
-
-    void turn(const Problem& p, Index head, Index y, Index x, float* token, float sign) const {
-        const Index at = angles(p, head, y, x);
-        float *__restrict first = token, *__restrict second = token + p.pairs;
-        for (Index c = 0; c < p.pairs; c++) {
-            const float a = first[c], b = second[c], turned = sign * sin[at + c];
-            first[c] = a * cos[at + c] - b * turned;
-            second[c] = b * cos[at + c] + a * turned;
-        }
+    Cosine at(const Problem& p, Index head, Index y, Index x) const {
+        const Index angles = ((y * p.w + x) * p.n + head) * p.pairs;
+        return {norm[head], cos + angles, sin + angles, p.pairs, p.d};
     }
 };
 
@@ -114,13 +81,13 @@ struct Ready {
     Buffer data;
     In tokens;
 
-    Ready(const In& from, const Cosine& cosine, Index image, Index head, Index first, Index last, const Problem& p)
+    Ready(const In& from, const Cosines& cosines, Index image, Index head, Index first, Index last, const Problem& p)
         : tokens(from) {
-        if (!cosine.norm) return;
+        if (!cosines.norm) return;
         data = buffer((last - first) * p.w * p.d);
         for (Index y = first; y < last; y++)
             for (Index x = 0; x < p.w; x++)
-                cosine.apply(p, head, y, x, from.at(image, head, y, x), data.get() + ((y - first) * p.w + x) * p.d);
+                cosines.at(p, head, y, x).apply(from.at(image, head, y, x), data.get() + ((y - first) * p.w + x) * p.d);
         const Index strides[] = {0, p.w * p.d, p.d, 0};
         tokens = In(data.get() - first * p.w * p.d, strides);
     }
@@ -394,14 +361,14 @@ extern "C" void neighborhood_forward(const float* query, const float* key, const
                                      const Index* strides, float scale) {
     const Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]};
     const In all_q(query, strides), all_k(key, strides + 4), v(value, strides + 8);
-    const Cosine cosine{norm, cos, sin};
+    const Cosines cosines{norm, cos, sin};
     const Out o(out, strides + 12);
     const auto strips = strips_of(p);
     // Short bands where there are few of them for the processors: each brings its halo into order anew.
     const Index height = std::clamp<Index>(p.B * p.n * p.h / (3 * at::get_num_threads()), 4, 32);
     for_bands(p, height, 0, 1, [&](const Band& band) {
-        const Ready ready_q(all_q, cosine, band.image, band.head, band.first, band.last, p);
-        const Ready ready_k(all_k, cosine, band.image, band.head, band.first_key, band.last_key, p);
+        const Ready ready_q(all_q, cosines, band.image, band.head, band.first, band.last, p);
+        const Ready ready_k(all_k, cosines, band.image, band.head, band.first_key, band.last_key, p);
         const In &q = ready_q.tokens, &k = ready_k.tokens;
         const Rows keys(k, band.image, band.head, band.first_key, band.last_key, p);
         const Buffer queries = buffer(ROWS * p.d * LANES);
@@ -442,7 +409,7 @@ extern "C" void neighborhood_backward(const float* query, const float* key, cons
                                       const Index* sizes, const Index* strides, float scale) {
     const Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]};
     const In all_q(query, strides), all_k(key, strides + 4), v(value, strides + 8);
-    const Cosine cosine{norm, cos, sin};
+    const Cosines cosines{norm, cos, sin};
     const In o(out, strides + 12), g(gradient, strides + 16);
     const Out dq(d_query, strides + 12), dk(d_key, strides + 12), dv(d_value, strides + 12);
     const auto strips = strips_of(p);
@@ -450,14 +417,14 @@ extern "C" void neighborhood_backward(const float* query, const float* key, cons
         for (Index y = band.first; y < band.last && norm; y++) {
             float& share = shares[(band.image * p.n + band.head) * p.h + y] = 0;
             for (Index x = 0; x < p.w; x++)
-                share += cosine.go_back(p, band.head, y, x, from.at(band.image, band.head, y, x),
-                                        to.at(band.image, band.head, y, x));
+                share += cosines.at(p, band.head, y, x)
+                             .go_back(from.at(band.image, band.head, y, x), to.at(band.image, band.head, y, x));
         }
     };
     const auto work = [&](const Band& band) {
         const Index image = band.image, head = band.head;
-        const Ready ready_q(all_q, cosine, image, head, band.first, band.last, p);
-        const Ready ready_k(all_k, cosine, image, head, band.first_key, band.last_key, p);
+        const Ready ready_q(all_q, cosines, image, head, band.first, band.last, p);
+        const Ready ready_k(all_k, cosines, image, head, band.first_key, band.last_key, p);
         const In &q = ready_q.tokens, &k = ready_k.tokens;
         const Rows keys(k, image, head, band.first_key, band.last_key, p);
         const Rows values(v, image, head, band.first_key, band.last_key, p);
