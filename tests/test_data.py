@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -702,6 +704,22 @@ def test_workers_change_nothing(tmp_path, method):
             assert torch.equal(found[number], image)
     else:
         equal(global_batches(dataset, 8, (4, 2, 1), num_workers=2), global_batches(dataset, 8))
+
+
+def test_an_error_ends_the_workers_too(tmp_path):
+    mixed_folder(tmp_path)
+    program = f"""
+from diffusers_hdit.data import load_images, make_loader
+def train():
+    loader = make_loader(load_images(train_data_dir={str(tmp_path)!r}, resolution=8), batch_size=2, seed=0, num_workers=1)
+    batches = iter(loader)
+    next(batches)
+    raise RuntimeError("out of memory")
+if __name__ == "__main__":
+    train()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.strip().endswith("RuntimeError: out of memory"), done.stderr
 
 
 def test_buckets(tmp_path):

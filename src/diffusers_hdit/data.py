@@ -12,6 +12,8 @@ the image in the run, see `order.py`; "index" (B,) int64, which image of the dat
 `make_loader` already divides the images among processes: don't pass the loader through `accelerator.prepare`.
 """
 
+import atexit
+import functools
 import hashlib
 import os
 import signal
@@ -300,6 +302,7 @@ def make_loader(
     if num_workers:
         workers = {"persistent_workers": True, "prefetch_factor": prefetch_factor}
         workers["worker_init_fn"] = _ignore_signals
+        _end_workers_at_exit()
         if (
             isinstance(getattr(dataset, "cache", None), ImageCache)
             and "fork" in torch.multiprocessing.get_all_start_methods()
@@ -318,6 +321,20 @@ def _ignore_signals(worker: int) -> None:
     """A Ctrl-C, or a scheduler's SIGTERM, goes to all processes; the training process decides when its workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@functools.cache
+def _end_workers_at_exit() -> None:
+    atexit.register(_end_workers)
+
+
+def _end_workers() -> None:
+    """After an error, whose traceback keeps the loader, Python sends its children a SIGTERM, which they ignore, and waits."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report that they were killed
+    for child in torch.multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _open_source(
