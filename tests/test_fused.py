@@ -281,6 +281,15 @@ def test_scales_of_another_type():
     assert fused.rms_norm(x.detach().bfloat16(), scale).dtype == torch.float32
 
 
+def test_angles_that_need_gradients():
+    x, scale = inputs_of(turned, 24)
+    tables = [table.float().requires_grad_() for table in (ANGLES.cos(), ANGLES.sin())]
+    found = torch.autograd.grad(cosine_similarity(x, scale, tables).sum(), tables)
+    exact = [table.detach().double().requires_grad_() for table in tables]
+    expected = torch.autograd.grad(cosine_similarity(x.double(), scale.double(), exact).sum(), exact)
+    assert all(relative_error(a, b) < TOLERANCE[torch.float32] for a, b in zip(found, expected, strict=True))
+
+
 def test_without_a_compiler(no_kernels_yet, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     inputs = inputs_of(fused.geglu, 24)

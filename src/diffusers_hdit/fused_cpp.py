@@ -141,10 +141,11 @@ class _OnePass(torch.autograd.Function):
 
 def _one_pass(name: str, formula: Callable, kernel: Callable, gradient: Callable) -> Callable:
     def backward(ctx, of_output):
+        inputs = ctx.saved_tensors  # asked for once: checkpointing computes them anew each time
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted
-            return torch.func.vjp(formula, *ctx.saved_tensors)[1](of_output)
-        found = gradient(of_output, *ctx.saved_tensors)
-        return *found, *[None] * (len(ctx.saved_tensors) - len(found))  # angles have none
+            return torch.func.vjp(formula, *inputs)[1](of_output)
+        found = gradient(of_output, *inputs)
+        return *found, *[None] * (len(inputs) - len(found))  # angles have none
 
     def jvp(ctx, *tangents):
         # Forward mode cannot be nested; what a gradient does to the output's gradient is linear, and this is its transpose.
