@@ -18,6 +18,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cassert>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -32,7 +33,13 @@ namespace {
 
 constexpr int ROWS = LANES == 16 ? 2 : 1;
 constexpr int GROUP = 8;  // distances whose scores are kept in registers together
+constexpr Index AHEAD = 8;  // tokens, from one that is asked for to the one at work
 constexpr float NEVER = -INFINITY;
+
+// Asks for `count` floats that are needed soon: tokens lie far apart, and the processor does not foresee the next one.
+inline void fetch(const float* from, Index count) {
+    for (Index i = 0; i < count; i += LANES) __builtin_prefetch(from + i);
+}
 
 struct Problem {
     Index B, h, w, n, d, kh, kw, pairs;
@@ -57,14 +64,20 @@ inline Index window_start(Index i, Index kernel, Index length) {
 
 inline Index round_up(Index x, Index unit) { return (x + unit - 1) / unit * unit; }
 
-struct Free {
-    void operator()(float* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<float[], Free>;
+// The memory of a task, taken piece by piece. It is allocated once for all tasks of a thread: the system would map memory
+// that each task allocates and frees page by page, every time.
+class Space {
+    float *next, *end;
 
-Buffer buffer(Index count) {
-    return Buffer(static_cast<float*>(std::aligned_alloc(64, round_up(count * sizeof(float), 64))));
-}
+  public:
+    Space(float* begin, Index count) : next(begin), end(begin + count) {}
+    float* take(Index count) {
+        float* taken = next;
+        next += count;
+        assert(next <= end);
+        return taken;
+    }
+};
 
 // How queries and keys are to be scaled and turned. Without norm (a null pointer) nothing is to be done.
 struct Cosines {
@@ -78,18 +91,22 @@ struct Cosines {
 
 // Some rows of the queries or keys of one image and head, ready to attend: what is given, where nothing is to be done.
 struct Ready {
-    Buffer data;
     In tokens;
 
-    Ready(const In& from, const Cosines& cosines, Index image, Index head, Index first, Index last, const Problem& p)
+    static Index size(Index rows, const Problem& p) { return rows * p.w * p.d; }
+
+    Ready(Space& space, const In& from, const Cosines& cosines, Index image, Index head, Index first, Index last,
+          const Problem& p)
         : tokens(from) {
         if (!cosines.norm) return;
-        data = buffer((last - first) * p.w * p.d);
+        float* data = space.take(size(last - first, p));
         for (Index y = first; y < last; y++)
-            for (Index x = 0; x < p.w; x++)
-                cosines.at(p, head, y, x).apply(from.at(image, head, y, x), data.get() + ((y - first) * p.w + x) * p.d);
+            for (Index x = 0; x < p.w; x++) {
+                fetch(from.at(image, head, y, x + AHEAD), p.d);
+                cosines.at(p, head, y, x).apply(from.at(image, head, y, x), data + ((y - first) * p.w + x) * p.d);
+            }
         const Index strides[] = {0, p.w * p.d, p.d, 0};
-        tokens = In(data.get() - first * p.w * p.d, strides);
+        tokens = In(data - first * p.w * p.d, strides);
     }
 };
 
@@ -115,8 +132,10 @@ void by_channels(const float* tokens, Index stride, Index count, Index d, float 
     for (Index x = 0; x < count; x += LANES)
         for (Index c = 0; c < d; c += LANES) {
             Vec block[LANES];
-            for (int i = 0; i < LANES; i++)
+            for (int i = 0; i < LANES; i++) {
                 block[i] = x + i < count ? load(tokens + (x + i) * stride + c) * factor : Vec{};
+                fetch(tokens + (x + i + LANES) * stride + c, LANES);
+            }
             transpose(block);
             for (int i = 0; i < LANES; i++) store(to + (c + i) * ld + x, block[i]);
         }
@@ -124,15 +143,17 @@ void by_channels(const float* tokens, Index stride, Index count, Index d, float 
 
 // Some rows of one image and head, channel by channel, with `pad` zeros at either side: (rows, d, ld).
 struct Rows {
-    Buffer data;
-    Index first, d, ld, pad;
+    Index first, d, pad, ld;
+    float* data;
 
-    Rows(const In& from, Index image, Index head, Index first, Index last, const Problem& p) : first(first), d(p.d) {
-        pad = round_up(p.kw, LANES);
-        ld = round_up(p.w, LANES) + 2 * pad;
-        data = buffer((last - first) * d * ld);
+    static Index padding(const Problem& p) { return round_up(p.kw, LANES); }
+    static Index width(const Problem& p) { return round_up(p.w, LANES) + 2 * padding(p); }
+    static Index size(Index rows, const Problem& p) { return rows * p.d * width(p); }
+
+    Rows(Space& space, const In& from, Index image, Index head, Index first, Index last, const Problem& p)
+        : first(first), d(p.d), pad(padding(p)), ld(width(p)), data(space.take(size(last - first, p))) {
         for (Index y = first; y < last; y++) {
-            float* row = data.get() + (y - first) * d * ld;
+            float* row = data + (y - first) * d * ld;
             for (Index c = 0; c < d; c++) {
                 std::fill_n(row + c * ld, pad, 0.f);
                 std::fill_n(row + c * ld + ld - pad, pad, 0.f);
@@ -140,7 +161,7 @@ struct Rows {
             by_channels(from.at(image, head, y, 0), from.x, p.w, d, 1.f, row + pad, ld);
         }
     }
-    const float* at(Index y, Index x) const { return data.get() + (y - first) * d * ld + pad + x; }
+    const float* at(Index y, Index x) const { return data + (y - first) * d * ld + pad + x; }
 };
 
 // LANES queries of a row, from column x on: how far away the keys are that any of them sees.
@@ -174,11 +195,12 @@ std::vector<Strip> strips_of(const Problem& p) {
 // Scores or weights of a strip: for each row of keys, LANES numbers for each distance, and a zero before and behind,
 // so that two neighbours can be summed up together over all that either of them sees.
 struct Weights {
-    Buffer data;
+    float* data;
     Index width = 0, low = 0;
-    explicit Weights(const Problem& p) : data(buffer(p.kh * (2 * p.kw + 1) * LANES)) {}
+    static Index size(const Problem& p) { return p.kh * (2 * p.kw + 1) * LANES; }
+    Weights(Space& space, const Problem& p) : data(space.take(size(p))) {}
     void shape(const Strip& strip) { width = strip.distances() + 2, low = strip.low; }
-    float* row(Index key_row) const { return data.get() + (key_row * width + 1) * LANES; }
+    float* row(Index key_row) const { return data + (key_row * width + 1) * LANES; }
     float* at(Index key_row, Index distance) const { return row(key_row) + (distance - low) * LANES; }
 };
 
@@ -286,6 +308,7 @@ void sum_over_queries(const Strip& strip, const Weights& weights, Index start, c
             const Index until = std::min(strip.x + strip.count, key + 1 - strip.low + 1);
             float* here = to.at(image, head, start + r, key) + c;
             float* there = key + 1 < end ? here + to.x : nullptr;
+            for (Index next : {2, 3}) fetch(here + next * to.x, V * LANES);
             Vec sum[2][V];
             for (int v = 0; v < V; v++) {
                 sum[0][v] = load(here + v * LANES);
@@ -340,16 +363,20 @@ struct Band {
     Index image, head, first, last, first_key, last_key;  // rows, the last ones excluded
 };
 
-// Calls `work` for the bands `offset`, `offset + step`, ... of all images and heads.
+// Calls `work` for the bands `offset`, `offset + step`, ... of all images and heads, with as much space as is asked for.
 template <typename F>
-void for_bands(const Problem& p, Index height, Index offset, Index step, F work) {
+void for_bands(const Problem& p, Index height, Index offset, Index step, Index space, F work) {
     const Index bands = (p.h + height - 1) / height, taken = bands > offset ? (bands - offset + step - 1) / step : 0;
+    const Index line = 64 / sizeof(float), each = round_up(space, line);
+    void* allocated = std::aligned_alloc(64, at::get_num_threads() * each * sizeof(float));
+    const std::unique_ptr<float[], decltype(&std::free)> memory(static_cast<float*>(allocated), std::free);
     at::parallel_for(0, p.B * p.n * taken, 1, [&](Index begin, Index end) {
         for (Index task = begin; task < end; task++) {
             const Index which = task / taken, first = (offset + task % taken * step) * height;
             const Index last = std::min(first + height, p.h);
-            work(Band{which / p.n, which % p.n, first, last, window_start(first, p.kh, p.h),
-                      window_start(last - 1, p.kh, p.h) + p.kh});
+            const Band band{which / p.n, which % p.n, first, last, window_start(first, p.kh, p.h),
+                            window_start(last - 1, p.kh, p.h) + p.kh};
+            work(band, Space(memory.get() + at::get_thread_num() * each, each));
         }
     });
 }
@@ -366,13 +393,16 @@ extern "C" void neighborhood_forward(const float* query, const float* key, const
     const auto strips = strips_of(p);
     // Short bands where there are few of them for the processors: each brings its halo into order anew.
     const Index height = std::clamp<Index>(p.B * p.n * p.h / (3 * at::get_num_threads()), 4, 32);
-    for_bands(p, height, 0, 1, [&](const Band& band) {
-        const Ready ready_q(all_q, cosines, band.image, band.head, band.first, band.last, p);
-        const Ready ready_k(all_k, cosines, band.image, band.head, band.first_key, band.last_key, p);
+    const Index halo = height + p.kh - 1, for_queries = ROWS * p.d * LANES;
+    const Index need =
+        Ready::size(height, p) + Ready::size(halo, p) + Rows::size(halo, p) + for_queries + 2 * Weights::size(p);
+    for_bands(p, height, 0, 1, need, [&](const Band& band, Space space) {
+        const Ready ready_q(space, all_q, cosines, band.image, band.head, band.first, band.last, p);
+        const Ready ready_k(space, all_k, cosines, band.image, band.head, band.first_key, band.last_key, p);
         const In &q = ready_q.tokens, &k = ready_k.tokens;
-        const Rows keys(k, band.image, band.head, band.first_key, band.last_key, p);
-        const Buffer queries = buffer(ROWS * p.d * LANES);
-        Weights one(p), other(p);
+        const Rows keys(space, k, band.image, band.head, band.first_key, band.last_key, p);
+        float* queries = space.take(for_queries);
+        Weights one(space, p), other(space, p);
         Weights* weights[] = {&one, &other};
         for (Index y = band.first; y < band.last; y += ROWS)
             for (const Strip& strip : strips) {
@@ -382,9 +412,9 @@ extern "C" void neighborhood_forward(const float* query, const float* key, const
                 const float* by_row[ROWS];
                 for (Index r = 0; r < rows; r++) {
                     starts[r] = window_start(y + r, p.kh, p.h);
-                    by_row[r] = queries.get() + r * p.d * LANES;
+                    by_row[r] = queries + r * p.d * LANES;
                     by_channels(q.at(band.image, band.head, y + r, x), q.x, strip.count, p.d, scale * float(M_LOG2E),
-                                queries.get() + r * p.d * LANES, LANES);
+                                queries + r * p.d * LANES, LANES);
                     weights[r]->shape(strip);
                     clear_ends(*weights[r], strip, p);
                 }
@@ -413,23 +443,27 @@ extern "C" void neighborhood_backward(const float* query, const float* key, cons
     const In o(out, strides + 12), g(gradient, strides + 16);
     const Out dq(d_query, strides + 12), dk(d_key, strides + 12), dv(d_value, strides + 12);
     const auto strips = strips_of(p);
+    const Index for_queries = ROWS * p.d * LANES;
     const auto finish = [&](const Band& band, const In& from, const Out& to, float* shares) {
         for (Index y = band.first; y < band.last && norm; y++) {
             float& share = shares[(band.image * p.n + band.head) * p.h + y] = 0;
-            for (Index x = 0; x < p.w; x++)
+            for (Index x = 0; x < p.w; x++) {
+                fetch(from.at(band.image, band.head, y, x + AHEAD), p.d);
+                fetch(to.at(band.image, band.head, y, x + AHEAD), p.d);
                 share += cosines.at(p, band.head, y, x)
                              .go_back(from.at(band.image, band.head, y, x), to.at(band.image, band.head, y, x));
+            }
         }
     };
-    const auto work = [&](const Band& band) {
+    const auto work = [&](const Band& band, Space space) {
         const Index image = band.image, head = band.head;
-        const Ready ready_q(all_q, cosines, image, head, band.first, band.last, p);
-        const Ready ready_k(all_k, cosines, image, head, band.first_key, band.last_key, p);
+        const Ready ready_q(space, all_q, cosines, image, head, band.first, band.last, p);
+        const Ready ready_k(space, all_k, cosines, image, head, band.first_key, band.last_key, p);
         const In &q = ready_q.tokens, &k = ready_k.tokens;
-        const Rows keys(k, image, head, band.first_key, band.last_key, p);
-        const Rows values(v, image, head, band.first_key, band.last_key, p);
-        const Buffer queries = buffer(ROWS * p.d * LANES), gradients = buffer(ROWS * p.d * LANES);
-        Weights one(p), other(p), d_one(p), d_other(p);
+        const Rows keys(space, k, image, head, band.first_key, band.last_key, p);
+        const Rows values(space, v, image, head, band.first_key, band.last_key, p);
+        float *queries = space.take(for_queries), *gradients = space.take(for_queries);
+        Weights one(space, p), other(space, p), d_one(space, p), d_other(space, p);
         Weights *weights[] = {&one, &other}, *d_weights[] = {&d_one, &d_other};
         for (Index y = band.first; y < band.last; y += ROWS)
             for (const Strip& strip : strips) {
@@ -439,12 +473,12 @@ extern "C" void neighborhood_backward(const float* query, const float* key, cons
                 const float *by_row[ROWS], *g_by_row[ROWS];
                 for (Index r = 0; r < rows; r++) {
                     starts[r] = window_start(y + r, p.kh, p.h);
-                    by_row[r] = queries.get() + r * p.d * LANES;
-                    g_by_row[r] = gradients.get() + r * p.d * LANES;
+                    by_row[r] = queries + r * p.d * LANES;
+                    g_by_row[r] = gradients + r * p.d * LANES;
                     by_channels(q.at(image, head, y + r, x), q.x, strip.count, p.d, scale * float(M_LOG2E),
-                                queries.get() + r * p.d * LANES, LANES);
+                                queries + r * p.d * LANES, LANES);
                     by_channels(g.at(image, head, y + r, x), g.x, strip.count, p.d, 1.f,
-                                gradients.get() + r * p.d * LANES, LANES);
+                                gradients + r * p.d * LANES, LANES);
                     weights[r]->shape(strip);
                     d_weights[r]->shape(strip);
                     clear_ends(*weights[r], strip, p);
@@ -456,6 +490,7 @@ extern "C" void neighborhood_backward(const float* query, const float* key, cons
                     Vec sums = {}, mean = {};  // of a lane: log2 of its sum, and gradient * output
                     for (Index i = 0; i < strip.count; i++) {
                         sums[i] = lse[((image * p.n + head) * p.h + y + r) * p.w + x + i];
+                        fetch(o.at(image, head, y + r, x + i + LANES), p.d);
                         mean[i] = product(o.at(image, head, y + r, x + i), g.at(image, head, y + r, x + i), p.d);
                     }
                     for (Index i = 0; i < strip.distances(); i++) {
@@ -481,7 +516,10 @@ extern "C" void neighborhood_backward(const float* query, const float* key, cons
     // Twice the window, for a band must not reach the keys of the next but one, and the same on any number of threads,
     // for it decides the order of the additions.
     const Index height = std::max<Index>(16, 2 * p.kh);
-    for_bands(p, height, 0, 2, work);
-    for_bands(p, height, 1, 2, work);
-    for_bands(p, height, 0, 1, [&](const Band& band) { finish(band, all_k, dk, d_norm + p.B * p.n * p.h); });
+    const Index halo = height + p.kh - 1;
+    const Index need = Ready::size(height, p) + Ready::size(halo, p) + 2 * Rows::size(halo, p) + 2 * for_queries +
+                       4 * Weights::size(p);
+    for_bands(p, height, 0, 2, need, work);
+    for_bands(p, height, 1, 2, need, work);
+    for_bands(p, height, 0, 1, 0, [&](const Band& band, Space) { finish(band, all_k, dk, d_norm + p.B * p.n * p.h); });
 }
