@@ -13,6 +13,7 @@ from networks import forward_call, gradient_call, hdit_of_image, training_call
 from reference_windows import ReferenceNetwork
 
 from diffusers_hdit import HDiTModel, presets
+from diffusers_hdit.linear import onednn_is_faster
 from diffusers_hdit.neighborhood import neighborhood_attention
 
 
@@ -22,12 +23,14 @@ PRODUCTS, LINEAR = "its matrix products alone", "those of its linear layers alon
 
 @dataclass
 class Contender:
-    """`module` has the weights; autocast is to bfloat16, on a CPU (on a GPU all are in bfloat16)."""
+    """`module` has the weights; autocast is to bfloat16, on a CPU (on a GPU all are in bfloat16). Without `onednn` PyTorch
+    chooses who multiplies in linear layers (`linear.py`)."""
 
     name: str
     module: torch.nn.Module
     compiled: bool = False
     autocast: bool = False
+    onednn: bool = True
 
 
 def make_contenders(bench: Bench) -> tuple[list[Contender], int]:
@@ -48,6 +51,8 @@ def make_contenders(bench: Bench) -> tuple[list[Contender], int]:
     tiles = copy.deepcopy(model)
     tiles.set_neighborhood_backend("tiled")
     found.append(Contender("HDiT on tiles", tiles))
+    if bench.device.type == "cpu" and onednn_is_faster():
+        found.append(Contender("HDiT, linear layers by MKL", model, onednn=False))
     half = bench.device.type == "cpu"
     if half:
         found.append(Contender("HDiT, autocast to bfloat16", model, autocast=True))
@@ -70,6 +75,17 @@ def autocast_to_bfloat16(network):
     return run
 
 
+def without_onednn(network):
+    def run(*args, **kwargs):
+        torch.backends.mkldnn.enabled = False
+        try:
+            return network(*args, **kwargs)
+        finally:
+            torch.backends.mkldnn.enabled = True
+
+    return run
+
+
 def mode_call(bench: Bench, mode: str, contender: Contender, batch: int, size: int):
     """What a network does in one mode: "forward", "forward + backward" or "training step"."""
     module = contender.module
@@ -77,6 +93,7 @@ def mode_call(bench: Bench, mode: str, contender: Contender, batch: int, size: i
         module = copy.deepcopy(module).to(bench.dtype)
     network = torch.compile(module, mode=bench.compile_mode) if contender.compiled else module
     network = autocast_to_bfloat16(network) if contender.autocast else network
+    network = network if contender.onednn else without_onednn(network)
     if mode == "forward":
         return forward_call(bench, hdit_of_image(network), batch, size)
     if mode == "forward + backward":
@@ -105,8 +122,8 @@ def matmuls_table(bench: Bench) -> Table:
         notes=[
             "The products are recorded from a real call of the same network, shapes and strides, and run alone in the "
             "same rounds. Attention counts as its products, two forward and four backward; those of a neighborhood on 8×8 "
-            "queries and their 14×14 keys, as the tiled kernel has them. A training step has the loss, "
-            "clipping, AdamW and a moving average besides."
+            "queries and their 14×14 keys, as the tiled kernel has them. Those of linear layers are run by the library "
+            "that the network asks for them. A training step has the loss, clipping, AdamW and a moving average besides."
         ],
     )
     for mode in ("forward", "forward + backward", "training step"):

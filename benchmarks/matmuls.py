@@ -15,18 +15,22 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffusers_hdit.linear_onednn import linear
+
 
 WITHOUT_PRODUCTS = ("diffusers_hdit::geglu", "diffusers_hdit::rms_norm", "diffusers_hdit::scale_and_turn")
 
 
 @dataclass(frozen=True)
 class Product:
-    """`kind` "linear" or "attention"; shape and strides of the two operands, 2-D or 3-D (batched)."""
+    """`kind` "linear" or "attention"; shape and strides of the two operands, 2-D or 3-D (batched); whether the network
+    asks oneDNN for it (`linear.py`)."""
 
     kind: str
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     strides: tuple[tuple[int, ...], tuple[int, ...]]
     dtype: torch.dtype
+    by_onednn: bool = False
 
     @property
     def macs(self) -> int:
@@ -37,6 +41,11 @@ class Product:
             torch.empty_strided(shape, stride, dtype=self.dtype, device=device).normal_()
             for shape, stride in zip(self.shapes, self.strides, strict=True)
         ]
+
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.by_onednn:
+            return linear(a, b.t())
+        return a @ b
 
 
 class RecordProducts(TorchDispatchMode):
@@ -53,6 +62,9 @@ class RecordProducts(TorchDispatchMode):
             self.add("linear" if name == "mm" else "attention", *args[:2])
         elif name in ("addmm", "baddbmm"):
             self.add("linear" if name == "addmm" else "attention", *args[1:3])
+        elif function is linear:
+            x, weight = args
+            self.add("linear", x.flatten(0, -2), weight.t(), by_onednn=True)
         elif name.startswith("_scaled_dot_product"):
             # The gradient comes before query, key and value.
             self.add_attention(*args[1:4] if "backward" in name else args[:3], backward="backward" in name)
@@ -62,9 +74,9 @@ class RecordProducts(TorchDispatchMode):
                 self.opaque.add(operator)
         return function(*args, **(kwargs or {}))
 
-    def add(self, kind: str, a: Tensor, b: Tensor) -> None:
+    def add(self, kind: str, a: Tensor, b: Tensor, by_onednn: bool = False) -> None:
         shapes, strides = (tuple(a.shape), tuple(b.shape)), (tuple(a.stride()), tuple(b.stride()))
-        self.products[Product(kind, shapes, strides, a.dtype)] += 1
+        self.products[Product(kind, shapes, strides, a.dtype, by_onednn)] += 1
 
     def add_attention(self, query: Tensor, key: Tensor, value: Tensor, backward: bool) -> None:
         queries, keys, dim, count = query.shape[-2], key.shape[-2], query.shape[-1], math.prod(query.shape[:-2])
@@ -98,9 +110,9 @@ class Replay:
 
     def __init__(self, products: Counter[Product], device: torch.device):
         self.work = [
-            (torch.bmm if len(product.shapes[0]) == 3 else torch.mm, [product.operands(device) for _ in range(2)], count)
+            (product.multiply, [product.operands(device) for _ in range(2)], count)
             for product, count in products.items()
-        ]  # fmt: skip
+        ]
 
     @torch.no_grad()
     def __call__(self) -> None:

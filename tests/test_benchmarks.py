@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import REPOSITORY, randomize, relative_error
 
-from diffusers_hdit import HDiTModel
+from diffusers_hdit import HDiTModel, linear
 from diffusers_hdit.profile import profile_model
 
 
@@ -121,10 +121,14 @@ def test_reference_windows_of_another_network():
         ReferenceNetwork(HDiTModel(**{**SMALL, "attention_types": None}))
 
 
-def test_recorded_products_are_those_of_the_network():
+@pytest.mark.parametrize("by_onednn", [False, True])
+def test_recorded_products_are_those_of_the_network(by_onednn, monkeypatch):
     """Linear layers as `profile_model` counts them; in the backward pass two for each but the first, which has no input."""
     from matmuls import Replay, record
 
+    if by_onednn and not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch is built without oneDNN.")
+    monkeypatch.setattr(linear, "_mkl_is_slow", lambda: by_onednn)
     config = {**SMALL, "attention_types": ["shifted_window", "none", "global"]}
     model = randomize(HDiTModel(**config))
     sample = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -145,6 +149,7 @@ def test_recorded_products_are_those_of_the_network():
     first = model.patch_in.proj.weight.numel() * 32 * 32 + 2 * 32 * 32
     assert macs(both, "linear") == 3 * linear_macs - first
     assert macs(both, "attention") == 3 * attention_macs
+    assert any(product.by_onednn for product in both.products) == by_onednn
     Replay(both.products, torch.device("cpu"))()
 
 

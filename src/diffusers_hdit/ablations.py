@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cosine import CosineAttention
+from .linear import Linear
 from .neighborhood import sliding_window_attention
 
 
@@ -67,9 +68,9 @@ class GELUFeedForward(nn.Module):
 
     def __init__(self, dim: int, ff_dim: int, dropout: float = 0.0):
         super().__init__()
-        self.up_proj = nn.Linear(dim, ff_dim, bias=False)
+        self.up_proj = Linear(dim, ff_dim)
         self.dropout = nn.Dropout(dropout)
-        self.down_proj = nn.Linear(ff_dim, dim, bias=False)
+        self.down_proj = Linear(ff_dim, dim)
         nn.init.zeros_(self.down_proj.weight)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ class AdaLayerNorm(nn.Module):
 
     def __init__(self, dim: int, cond_dim: int):
         super().__init__()
-        self.linear = nn.Linear(cond_dim, 2 * dim, bias=False)
+        self.linear = Linear(cond_dim, 2 * dim)
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, hidden_states: Tensor, cond: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ class SplitAndConcat(nn.Module):
     def __init__(self, split: nn.Module, dim: int):
         super().__init__()
         self.split = split
-        self.mix = nn.Linear(2 * dim, dim, bias=False)
+        self.mix = Linear(2 * dim, dim)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         return self.mix(torch.cat((skip, self.split(x)), dim=-1))

@@ -33,6 +33,7 @@ from .conditions import check_class_labels, check_conditioning_image, check_vect
 from .configuration_hdit import Level, check_parts, pair, resolve_levels
 from .cosine import CosineAttention, hourglass_rotary_tables
 from .fused import geglu, rms_norm
+from .linear import Linear
 from .neighborhood import (
     BACKENDS,
     cosine_neighborhood_attention,
@@ -83,9 +84,9 @@ class HDiTFeedForward(nn.Module):
 
     def __init__(self, dim: int, ff_dim: int, dropout: float = 0.0):
         super().__init__()
-        self.up_proj = nn.Linear(dim, 2 * ff_dim, bias=False)
+        self.up_proj = Linear(dim, 2 * ff_dim)
         self.dropout = nn.Dropout(dropout)
-        self.down_proj = zero_init(nn.Linear(ff_dim, dim, bias=False))
+        self.down_proj = zero_init(Linear(ff_dim, dim))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.down_proj(self.dropout(geglu(self.up_proj(hidden_states))))
@@ -139,12 +140,12 @@ class HDiTConditioning(nn.Module):
             mapping_cond_dim,
         )
         self.time_proj = FourierFeatures(1, dim)
-        self.time_embedder = nn.Linear(dim, dim, bias=False)
+        self.time_embedder = Linear(dim, dim)
         self.augment_proj = FourierFeatures(augment_cond_dim, dim) if augment_cond_dim else None
-        self.augment_embedder = nn.Linear(dim, dim, bias=False) if augment_cond_dim else None
+        self.augment_embedder = Linear(dim, dim) if augment_cond_dim else None
         # One row more than there are classes: the last one means "no label".
         self.class_embedder = nn.Embedding(num_classes + 1, dim) if num_classes else None
-        self.mapping_cond_embedder = nn.Linear(mapping_cond_dim, dim, bias=False) if mapping_cond_dim else None
+        self.mapping_cond_embedder = Linear(mapping_cond_dim, dim) if mapping_cond_dim else None
         self.mapping = mapping
 
     def forward(
@@ -178,7 +179,7 @@ class AdaRMSNorm(nn.Module):
 
     def __init__(self, dim: int, cond_dim: int):
         super().__init__()
-        self.linear = zero_init(nn.Linear(cond_dim, dim, bias=False))
+        self.linear = zero_init(Linear(cond_dim, dim))
 
     def forward(self, hidden_states: Tensor, cond: Tensor) -> Tensor:
         return rms_norm(hidden_states, 1 + self.linear(cond))
@@ -280,13 +281,13 @@ class HDiTAttention(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.kind = kind
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(dim, dim, bias=False)
-        self.to_v = nn.Linear(dim, dim, bias=False)
+        self.to_q = Linear(dim, dim)
+        self.to_k = Linear(dim, dim)
+        self.to_v = Linear(dim, dim)
         self.scale = nn.Parameter(torch.full((dim // head_dim,), 10.0))
         self.dropout = nn.Dropout(dropout)
         # A list of one: the LoRA configurations that people have for Diffusers' attention name this layer `to_out.0`.
-        self.to_out = nn.ModuleList([zero_init(nn.Linear(dim, dim, bias=False))])
+        self.to_out = nn.ModuleList([zero_init(Linear(dim, dim))])
 
     def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         heads = (-1, self.head_dim)
@@ -339,7 +340,7 @@ class TokenMerge(nn.Module):
     def __init__(self, in_features: int, out_features: int, patch_size: tuple[int, int] = (2, 2)):
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Linear(in_features * math.prod(patch_size), out_features, bias=False)
+        self.proj = Linear(in_features * math.prod(patch_size), out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         p, q = self.patch_size
@@ -354,7 +355,7 @@ class TokenSplit(nn.Module):
     def __init__(self, in_features: int, out_features: int, patch_size: tuple[int, int] = (2, 2)):
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Linear(in_features, out_features * math.prod(patch_size), bias=False)
+        self.proj = Linear(in_features, out_features * math.prod(patch_size))
 
     def forward(self, x: Tensor) -> Tensor:
         p, q = self.patch_size

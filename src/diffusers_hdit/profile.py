@@ -138,7 +138,7 @@ def _profile(model: HDiTModel, resolution: int | tuple[int, int] | None) -> Mode
 def activation_bytes(model: nn.Module, height: int, width: int) -> int:
     """
     Bytes that autograd keeps of a forward pass of one bfloat16 image; weights are not counted. Neighborhood attention is
-    that of the tiles, which work everywhere and keep most, whatever this machine has.
+    that of the tiles, norms and activations are PyTorch's: they work everywhere and keep most, whatever this machine has.
     """
     cast_parameters(model.train(), torch.bfloat16)
     if isinstance(model, HDiTModel):
