@@ -2,8 +2,11 @@
 
 import copy
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import util
+from unittest.mock import patch
 
 import torch
 from backends import KERNEL, attention_call, natten_itself
@@ -12,7 +15,7 @@ from measure import Bench, Table
 from networks import forward_call, gradient_call, hdit_of_image, training_call
 from reference_windows import ReferenceNetwork
 
-from diffusers_hdit import HDiTModel, presets
+from diffusers_hdit import HDiTModel, cosine, fused, presets
 from diffusers_hdit.linear import onednn_is_faster
 from diffusers_hdit.neighborhood import neighborhood_attention
 
@@ -23,14 +26,33 @@ PRODUCTS, LINEAR = "its matrix products alone", "those of its linear layers alon
 
 @dataclass
 class Contender:
-    """`module` has the weights; autocast is to bfloat16, on a CPU (on a GPU all are in bfloat16). Without `onednn` PyTorch
-    chooses who multiplies in linear layers (`linear.py`)."""
+    """`module` has the weights; `within` makes what it is called in."""
 
     name: str
     module: torch.nn.Module
     compiled: bool = False
-    autocast: bool = False
-    onednn: bool = True
+    within: Callable[[], AbstractContextManager] = nullcontext
+
+
+@contextmanager
+def formulas():
+    """Norms, activations, and queries and keys by PyTorch's operations (`fused.py`)."""
+    with patch.object(fused, "has_kernels", lambda _: False), patch.object(cosine, "has_kernels", lambda _: False):
+        yield
+
+
+@contextmanager
+def without_onednn():
+    """Linear layers as PyTorch multiplies (`linear.py`)."""
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = True
+
+
+def autocast_to_bfloat16():
+    return torch.autocast("cpu", torch.bfloat16)
 
 
 def make_contenders(bench: Bench) -> tuple[list[Contender], int]:
@@ -51,37 +73,28 @@ def make_contenders(bench: Bench) -> tuple[list[Contender], int]:
     tiles = copy.deepcopy(model)
     tiles.set_neighborhood_backend("tiled")
     found.append(Contender("HDiT on tiles", tiles))
-    if bench.device.type == "cpu" and onednn_is_faster():
-        found.append(Contender("HDiT, linear layers by MKL", model, onednn=False))
-    half = bench.device.type == "cpu"
-    if half:
-        found.append(Contender("HDiT, autocast to bfloat16", model, autocast=True))
+    on_cpu = bench.device.type == "cpu"  # on a GPU all are in bfloat16
+    if on_cpu:
+        found.append(Contender("HDiT, autocast to bfloat16", model, within=autocast_to_bfloat16))
+        found.append(Contender("HDiT, norms and activations not in one pass", model, within=formulas))
+        if onednn_is_faster():
+            found.append(Contender("HDiT, linear layers by MKL", model, within=without_onednn))
     if bench.compile_mode:
         found += [
             Contender("HDiT, compiled", model, compiled=True),
             Contender("HDiT on tiles, compiled", tiles, compiled=True),
             Contender(f"{REFERENCE}, compiled", reference, compiled=True),
         ]
-    if half and bench.compile_mode:
-        found.append(Contender("HDiT, compiled, autocast to bfloat16", model, compiled=True, autocast=True))
+    if on_cpu and bench.compile_mode:
+        name = "HDiT, compiled, autocast to bfloat16"
+        found.append(Contender(name, model, compiled=True, within=autocast_to_bfloat16))
     return found, config["sample_size"]
 
 
-def autocast_to_bfloat16(network):
+def called_within(context, network):
     def run(*args, **kwargs):
-        with torch.autocast("cpu", torch.bfloat16):
+        with context():
             return network(*args, **kwargs)
-
-    return run
-
-
-def without_onednn(network):
-    def run(*args, **kwargs):
-        torch.backends.mkldnn.enabled = False
-        try:
-            return network(*args, **kwargs)
-        finally:
-            torch.backends.mkldnn.enabled = True
 
     return run
 
@@ -92,8 +105,7 @@ def mode_call(bench: Bench, mode: str, contender: Contender, batch: int, size: i
     if mode == "forward":
         module = copy.deepcopy(module).to(bench.dtype)
     network = torch.compile(module, mode=bench.compile_mode) if contender.compiled else module
-    network = autocast_to_bfloat16(network) if contender.autocast else network
-    network = network if contender.onednn else without_onednn(network)
+    network = called_within(contender.within, network)
     if mode == "forward":
         return forward_call(bench, hdit_of_image(network), batch, size)
     if mode == "forward + backward":
