@@ -12,6 +12,9 @@ from diffusers_hdit import HDiTModel, compiled, cosine, cpp_kernels, fused
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
+# Where weights lie in memory decides the last bits of MKL's products on AMD's processors, unless it is told otherwise.
+os.environ.setdefault("MKL_CBWR", "AUTO")
+
 REPOSITORY = Path(__file__).parents[1]
 
 
