@@ -11,10 +11,11 @@ import argparse
 import platform
 
 import torch
-from measure import Bench, keep_memory
+from measure import Bench
 
 from diffusers_hdit.configuration_hdit import resolve_levels
 from diffusers_hdit.cosine import axial_positions, axial_rotary_tables
+from diffusers_hdit.memory import keep_freed_memory
 from diffusers_hdit.modeling_hdit import make_blocks
 
 
@@ -66,5 +67,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    keep_memory()
+    keep_freed_memory()
     main()

@@ -10,7 +10,6 @@ import itertools
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,16 +20,7 @@ import torch
 from torch import Tensor, nn
 
 
-# glibc returns every buffer over 32 MB to the system and takes it anew, to be zeroed page by page, at each use. That
-# would be measured at the largest sizes only: keep memory, as the allocator of a GPU does.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
 SOURCE = Path(__file__).parents[1] / "src"
-
-
-def keep_memory() -> None:
-    """Starts this script again with a C library that keeps memory. Call it before any other work."""
-    if sys.platform == "linux" and not KEEP_MEMORY.keys() <= os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
 
 
 def synchronize(device: torch.device) -> None:
@@ -281,7 +271,6 @@ def machine(device: torch.device) -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
-        "memory_kept": KEEP_MEMORY.keys() <= os.environ.keys(),
     }
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)

@@ -28,6 +28,7 @@ import torch
 
 # This checkout, not a package that happens to be installed.
 sys.path.insert(0, str(measure.SOURCE))
+from diffusers_hdit.memory import keep_freed_memory  # noqa: E402
 from diffusers_hdit.neighborhood import BACKENDS  # noqa: E402
 
 
@@ -95,7 +96,7 @@ def run_tables(args: argparse.Namespace) -> list[measure.Table]:
     bench = make_bench(args)
     header = {
         "command": " ".join(["python", *sys.argv]),
-        "machine": measure.machine(bench.device),
+        "machine": {**measure.machine(bench.device), "memory_kept": keep_freed_memory()},
         "versions": measure.versions(),
     }
     print("\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in header.items()), flush=True)
@@ -127,6 +128,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    if not {"-h", "--help"} & set(sys.argv):
-        measure.keep_memory()
     main()

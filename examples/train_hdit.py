@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from diffusers_hdit import checkpoints, evaluation, training
 from diffusers_hdit.data import Buckets, load_images, make_loader
 from diffusers_hdit.ema import Averages, save_snapshot
+from diffusers_hdit.memory import keep_freed_memory
 from diffusers_hdit.networks import NETWORKS
 from diffusers_hdit.training_args import SETTINGS, parse_args
 from diffusers_hdit.watch import LossBySigma, MetricsFile, StepRecord, Stopwatch, TrainingDiverged, Watch
@@ -469,6 +470,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     if device.type == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1":
         # `accelerate launch` leaves one thread to a process unless told otherwise: share the cores out.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if device.type == "cpu":
+        keep_freed_memory()
     if args.allow_tf32 and device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True

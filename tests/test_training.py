@@ -383,10 +383,13 @@ def test_grids_of_channels_that_are_no_colours(tmp_path):
     np.testing.assert_array_equal(grid[:8, 6:12, 0], (images[0, 1] * 255).round().numpy())
 
 
-def test_auto_precision():
+def test_auto_precision(monkeypatch):
     assert training.resolve_mixed_precision("no", torch.device("cpu")) == "no"
     assert training.resolve_mixed_precision("auto", torch.device("mps")) == "no"
-    assert training.resolve_mixed_precision("auto", torch.device("cpu")) in ("no", "bf16")
+    for products, precision in (((), "no"), (("avx512_bf16",), "bf16"), (("amx_tile",), "bf16")):
+        for name in ("avx512_bf16", "amx_tile"):
+            monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda has=name in products: has, raising=False)
+        assert training.resolve_mixed_precision("auto", torch.device("cpu")) == precision
 
 
 # ----------------------------------------------------------------------------------------------------------------------

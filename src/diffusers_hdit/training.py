@@ -105,8 +105,8 @@ def resolve_mixed_precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return "bf16" if device.type == "cpu" and has_amx() else "no"
+    has_products = (getattr(torch.cpu, f"_is_{name}_supported", lambda: False) for name in ("avx512_bf16", "amx_tile"))
+    return "bf16" if device.type == "cpu" and any(has() for has in has_products) else "no"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
