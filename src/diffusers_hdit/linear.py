@@ -34,7 +34,7 @@ class Linear(nn.Linear):
 
 
 def onednn_takes(x: Tensor, weight: Tensor) -> bool:
-    """The same for every size of the batch: no sample's result depends on it, and no compiled graph."""
+    """Asked of one sample's size, not of the batch's, on which compiled graphs must not depend."""
     return (
         type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
