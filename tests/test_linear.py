@@ -151,6 +151,7 @@ def test_compiled_once_for_all_batches():
     compiled = torch.compile(layer, fullgraph=True)
     torch.compiler.reset()
     counters.clear()
+    torch.manual_seed(0)
     for batch in (2, 3, 4):
         x = torch.randn(batch, *x.shape[1:], requires_grad=True)
         found = torch.autograd.grad(compiled(x).sin().sum(), (x, weight))
@@ -163,6 +164,7 @@ def test_compiled_once_for_all_batches():
 
 def test_a_network(monkeypatch):
     config = {"sample_size": 128, "widths": (64, 128), "depths": (1, 1), "attention_head_dim": 32, "mapping_width": 32}
+    torch.manual_seed(0)  # of the Fourier features
     model = randomize(HDiTModel(**config))
     sample = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
 
@@ -177,4 +179,5 @@ def test_a_network(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     expected = results()
     for value, reference in zip(found, expected, strict=True):
-        assert relative_error(value, reference) < 1e-5
+        # Gradients of attention's scale are small sums of large terms.
+        assert relative_error(value, reference) < 1e-4
