@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import util
-from unittest.mock import patch
 
 import torch
 from backends import KERNEL, attention_call, natten_itself
@@ -15,7 +14,8 @@ from measure import Bench, Table
 from networks import forward_call, gradient_call, hdit_of_image, training_call
 from reference_windows import ReferenceNetwork
 
-from diffusers_hdit import HDiTModel, cosine, fused, presets
+from diffusers_hdit import HDiTModel, presets
+from diffusers_hdit.compiled import formulas
 from diffusers_hdit.linear import onednn_is_faster
 from diffusers_hdit.neighborhood import neighborhood_attention
 
@@ -32,13 +32,6 @@ class Contender:
     module: torch.nn.Module
     compiled: bool = False
     within: Callable[[], AbstractContextManager] = nullcontext
-
-
-@contextmanager
-def formulas():
-    """Norms, activations, and queries and keys by PyTorch's operations (`fused.py`)."""
-    with patch.object(fused, "has_kernels", lambda _: False), patch.object(cosine, "has_kernels", lambda _: False):
-        yield
 
 
 @contextmanager

@@ -1,11 +1,10 @@
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from diffusers_hdit import HDiTModel, compiled, cosine, cpp_kernels, fused
+from diffusers_hdit import HDiTModel, compiled, cpp_kernels
 
 
 # Tests run side by side (pytest -n): a thread each, or they stand in each other's way.
@@ -32,15 +31,6 @@ def randomize(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
             if parameter.ndim > 1:
                 parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
     return model
-
-
-@contextmanager
-def formulas():
-    """Norms, activations, and queries and keys by PyTorch's operations, as on a GPU or without a compiler."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (fused, cosine):
-            patch.setattr(module, "has_kernels", lambda tensor: False)
-        yield
 
 
 def kept_bytes(model: torch.nn.Module) -> int:

@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from conftest import SMALL, formulas, kept_bytes, randomize, relative_error
+from conftest import SMALL, kept_bytes, randomize, relative_error
 from diffusers import EDMDPMSolverMultistepScheduler
 
 from diffusers_hdit import HDiTModel, HDiTPipeline
@@ -18,6 +18,7 @@ from diffusers_hdit.ablations import (
     SplitAndAdd,
     SplitAndConcat,
 )
+from diffusers_hdit.compiled import formulas
 from diffusers_hdit.neighborhood import (
     _axis_halos,
     _centred_start,

@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
-from conftest import formulas, kept_bytes, randomize, relative_error
+from conftest import kept_bytes, randomize, relative_error
 from test_neighborhood import skip_without
 from torch.autograd import forward_ad
 
 from diffusers_hdit import cpp_kernels, fused, fused_cpp
+from diffusers_hdit.compiled import formulas
 from diffusers_hdit.cosine import cosine_similarity
 
 

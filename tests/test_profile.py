@@ -3,9 +3,10 @@ import sys
 
 import pytest
 import torch
-from conftest import SMALL, formulas, kept_bytes
+from conftest import SMALL, kept_bytes
 
 from diffusers_hdit import HDiTModel, presets
+from diffusers_hdit.compiled import formulas
 from diffusers_hdit.profile import profile_model
 
 

@@ -366,7 +366,8 @@ def test_upscaling(make_pipeline, calls):
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=NAMES)
 def test_images_of_a_batch_equal_the_same_images_alone(make_pipeline, scheduler):
-    pipe = make_pipeline(scheduler=scheduler)
+    # In float64: a product of more rows may be rounded otherwise, of which a random network makes much.
+    pipe = make_pipeline(scheduler=scheduler).to(torch.float64)
 
     def draw(labels, seeds):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -375,8 +376,7 @@ def test_images_of_a_batch_equal_the_same_images_alone(make_pipeline, scheduler)
         ).images
 
     both, alone = draw([0, 2], [7, 8]), torch.cat((draw([0], [7]), draw([2], [8])))
-    # A product of more rows may be rounded otherwise, of which a random network makes much.
-    assert relative_error(both, alone) < 2e-3
+    assert relative_error(both, alone) < 1e-5
     assert torch.equal(both, draw([0, 2], [7, 8])), "a call leaves nothing behind for the next one"
 
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import formulas, relative_error
+from conftest import relative_error
 from diffusers import EDMDPMSolverMultistepScheduler
 from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
 
 from diffusers_hdit import DPMSolverPP3MSDEScheduler, EDMHeunScheduler, HDiTPipeline, scheduling_edm
+from diffusers_hdit.compiled import formulas
 from diffusers_hdit.guidance import Guidance
 
 

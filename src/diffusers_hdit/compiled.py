@@ -1,5 +1,7 @@
 """Whether the C++ kernels for CPUs can run here. Code that comes with a repository asks too, and brings none along."""
 
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,18 @@ from .remote_code import package_module
 
 
 _library_problem: str | None = None
+_formulas_only = False
+
+
+@contextmanager
+def formulas():
+    """Norms, activations, and queries and keys by PyTorch's operations meanwhile, as on a GPU or without a compiler."""
+    global _formulas_only
+    before, _formulas_only = _formulas_only, True
+    try:
+        yield
+    finally:
+        _formulas_only = before
 
 
 @torch.compiler.assume_constant_result
@@ -30,6 +44,7 @@ def has_kernels(tensor: Tensor) -> bool:
     makes one pass of formulas and what is around them."""
     return (
         not torch.compiler.is_compiling()
+        and not _formulas_only
         and type(tensor) is Tensor
         and tensor.device.type == "cpu"
         and tensor.dtype in (torch.float32, torch.bfloat16)

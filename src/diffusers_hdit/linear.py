@@ -1,7 +1,7 @@
 """Linear layers, with the library that multiplies matrices fastest on the processor at hand.
 
 For float32 PyTorch calls MKL on x86. MKL uses AVX-512 on Intel's processors only; oneDNN, which PyTorch has for other
-purposes, on all that have it, and is twice as fast there. Shapes: B batch, D and D' widths.
+purposes, on all that have it, and is up to twice as fast there. Shapes: B batch, D and D' widths.
 """
 
 import functools
