@@ -15,9 +15,9 @@ from networks import forward_call, gradient_call, hdit_of_image, training_call
 from reference_windows import ReferenceNetwork
 
 from diffusers_hdit import HDiTModel, presets
-from diffusers_hdit.compiled import formulas
-from diffusers_hdit.linear import onednn_is_faster
-from diffusers_hdit.neighborhood import neighborhood_attention
+from diffusers_hdit.ops.compiled import formulas
+from diffusers_hdit.ops.linear import onednn_is_faster
+from diffusers_hdit.ops.neighborhood import neighborhood_attention
 
 
 NETWORK, REFERENCE = "HDiT", "shifted windows as in the reference"

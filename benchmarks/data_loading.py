@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusers_hdit.data import load_images, make_loader
+from diffusers_hdit.data.dataset import load_images, make_loader
 
 
 FACES = Path(__file__).parents[1] / "examples" / "data" / "fluent_faces_64.png"

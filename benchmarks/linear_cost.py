@@ -13,10 +13,10 @@ import platform
 import torch
 from measure import Bench
 
-from diffusers_hdit.configuration_hdit import resolve_levels
-from diffusers_hdit.cosine import axial_positions, axial_rotary_tables
-from diffusers_hdit.memory import keep_freed_memory
-from diffusers_hdit.modeling_hdit import make_blocks
+from diffusers_hdit.models.configuration_hdit import resolve_levels
+from diffusers_hdit.models.modeling_hdit import make_blocks
+from diffusers_hdit.ops.cosine import axial_positions, axial_rotary_tables
+from diffusers_hdit.utils.memory import keep_freed_memory
 
 
 def call_of(level, grid, conditioning, device, train: bool):

@@ -173,7 +173,7 @@ def copy_bandwidth(bench: Bench) -> float:
 def matmul_rate(bench: Bench, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a large square matrix product, 2 for a multiply-accumulate, by the library that
     linear layers are given to."""
-    from diffusers_hdit.linear import Linear  # not at the top, for run.py finds the package by what this module knows
+    from diffusers_hdit.ops.linear import Linear
 
     side = 512 if bench.quick else (2048 if bench.device.type == "cpu" else 8192)
 

@@ -12,9 +12,9 @@ from measure import Bench, Samples, Table, free_memory, matmul_rate, parameters_
 from torch import Tensor, nn
 
 from diffusers_hdit import HDiTModel, HDiTPipeline, diffusion, presets
-from diffusers_hdit.ema import Averages
-from diffusers_hdit.profile import profile_model
-from diffusers_hdit.training import clipped_step, make_optimizer
+from diffusers_hdit.evaluation.profiler import profile_model
+from diffusers_hdit.training.ema import Averages
+from diffusers_hdit.training.training import clipped_step, make_optimizer
 
 
 # bfloat16 with float32 sums, without sparsity, by the makers' data sheets, operations a second.

@@ -8,8 +8,8 @@ from measure import Bench, Table, copy_bandwidth, matmul_rate
 from torch import Tensor
 
 from diffusers_hdit import HDiTModel, presets
-from diffusers_hdit.cosine import cosine_similarity
-from diffusers_hdit.fused import geglu
+from diffusers_hdit.ops.cosine import cosine_similarity
+from diffusers_hdit.ops.fused import geglu
 
 
 @dataclass

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusers_hdit import HDiTModel
-from diffusers_hdit.cosine import EPS, axial_positions, axial_rotary_frequencies
-from diffusers_hdit.modeling_hdit import ShiftedWindowAttention
+from diffusers_hdit.models.modeling_hdit import ShiftedWindowAttention
+from diffusers_hdit.ops.cosine import EPS, axial_positions, axial_rotary_frequencies
 
 
 def rms_norm(x: Tensor, scale: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ import torch
 
 # This checkout, not a package that happens to be installed.
 sys.path.insert(0, str(measure.SOURCE))
-from diffusers_hdit.memory import keep_freed_memory  # noqa: E402
-from diffusers_hdit.neighborhood import BACKENDS  # noqa: E402
+from diffusers_hdit.ops.neighborhood import BACKENDS
+from diffusers_hdit.utils.memory import keep_freed_memory
 
 
 # Letter, name, the module and the function that makes the table.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_hdit.watch import read_lines
+from diffusers_hdit.training.monitoring import read_lines
 
 
 # How many means of the loss by noise level are drawn for a run, from its beginning to its end.

@@ -11,7 +11,13 @@ import sys
 from pathlib import Path
 
 from diffusers_hdit import HDiTPipeline
-from diffusers_hdit.ema import find_snapshots, gamma_of_length, profile_mismatch, read_snapshot_metadata, reconstruct
+from diffusers_hdit.training.ema import (
+    find_snapshots,
+    gamma_of_length,
+    profile_mismatch,
+    read_snapshot_metadata,
+    reconstruct,
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -22,8 +22,8 @@ from accelerate import PartialState
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusers_hdit import HDiTPipeline
-from diffusers_hdit.data import load_images
-from diffusers_hdit.many_images import draw_many, image_seed
+from diffusers_hdit.data.dataset import load_images
+from diffusers_hdit.evaluation.generate import draw_many, image_seed
 
 
 MARGIN = 4

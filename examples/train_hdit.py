@@ -29,13 +29,15 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffusers_hdit import checkpoints, evaluation, training
-from diffusers_hdit.data import Buckets, load_images, make_loader
-from diffusers_hdit.ema import Averages, save_snapshot
-from diffusers_hdit.memory import keep_freed_memory
-from diffusers_hdit.networks import NETWORKS
-from diffusers_hdit.training_args import SETTINGS, parse_args
-from diffusers_hdit.watch import LossBySigma, MetricsFile, StepRecord, Stopwatch, TrainingDiverged, Watch
+from diffusers_hdit.data.dataset import Buckets, load_images, make_loader
+from diffusers_hdit.evaluation import evaluator as evaluation
+from diffusers_hdit.models.networks import NETWORKS
+from diffusers_hdit.training import checkpointing as checkpoints
+from diffusers_hdit.training import training
+from diffusers_hdit.training.ema import Averages, save_snapshot
+from diffusers_hdit.training.monitoring import LossBySigma, MetricsFile, StepRecord, Stopwatch, TrainingDiverged, Watch
+from diffusers_hdit.training.training_args import SETTINGS, parse_args
+from diffusers_hdit.utils.memory import keep_freed_memory
 
 
 # The faces that come with the project, to try everything with.

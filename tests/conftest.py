@@ -4,7 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusers_hdit import HDiTModel, compiled, cpp_kernels
+from diffusers_hdit import HDiTModel
+from diffusers_hdit.ops import compiled
+from diffusers_hdit.ops.cpu import library as cpp_kernels
 
 
 # Tests run side by side (pytest -n): a thread each, or they stand in each other's way.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_hdit.data import load_images
+from diffusers_hdit.data.dataset import load_images
 
 
 def picture(seed=0, size=(12, 12)):

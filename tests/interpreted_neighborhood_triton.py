@@ -4,8 +4,9 @@ import pytest
 import torch
 from test_neighborhood import TOLERANCE, check_cosine_attention, cosine_inputs, reference, relative_error, tensors
 
-from diffusers_hdit import neighborhood, neighborhood_triton
-from diffusers_hdit.neighborhood import neighborhood_attention, unavailable_reason
+from diffusers_hdit.ops import neighborhood
+from diffusers_hdit.ops.neighborhood import neighborhood_attention, unavailable_reason
+from diffusers_hdit.ops.triton import neighborhood as neighborhood_triton
 
 
 pytestmark = pytest.mark.skipif(not neighborhood_triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")

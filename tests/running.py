@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 
 EXAMPLES = REPOSITORY / "examples"
+RESEARCH = EXAMPLES / "research"
+sys.path.insert(0, str(RESEARCH))  # its scripts share modules that lie beside them
 SHEET = EXAMPLES / "data" / "fluent_faces_64.png"
 TRAIN = EXAMPLES / "train_hdit.py"
 CONFIG = {
@@ -40,8 +42,8 @@ class Images(list):
         return {"image": super().__getitem__(item[0])}
 
 
-def load_example(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+def load_example(name, folder=EXAMPLES):
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)

@@ -10,7 +10,8 @@ from conftest import SMALL, kept_bytes, randomize, relative_error
 from diffusers import EDMDPMSolverMultistepScheduler
 
 from diffusers_hdit import HDiTModel, HDiTPipeline
-from diffusers_hdit.ablations import (
+from diffusers_hdit.evaluation.profiler import profile_model
+from diffusers_hdit.models.ablations import (
     AdaLayerNorm,
     AxialAttention,
     GELUFeedForward,
@@ -18,14 +19,13 @@ from diffusers_hdit.ablations import (
     SplitAndAdd,
     SplitAndConcat,
 )
-from diffusers_hdit.compiled import formulas
-from diffusers_hdit.neighborhood import (
+from diffusers_hdit.ops.compiled import formulas
+from diffusers_hdit.ops.neighborhood import (
     _axis_halos,
     _centred_start,
     neighborhood_attention,
     sliding_window_attention,
 )
-from diffusers_hdit.profile import profile_model
 
 
 AXES = [

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_hdit import augment as module
-from diffusers_hdit.augment import augment
+from diffusers_hdit.training import augmentation as module
+from diffusers_hdit.training.augmentation import augment
 
 
 def generators(count, seed=0):

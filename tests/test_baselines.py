@@ -13,11 +13,13 @@ from conftest import kept_bytes, randomize, relative_error
 from diffusers import DiTTransformer2DModel, EDMDPMSolverMultistepScheduler, UNet2DModel
 from running import CONFIG, EXAMPLES, TRAIN, equal, losses, run, weights, write_config
 
-from diffusers_hdit import DiTPixelModel, HDiTModel, HDiTPipeline, UNetPixelModel, diffusion, hub, training
-from diffusers_hdit.baselines import TIME_SCALE
-from diffusers_hdit.networks import NETWORKS
-from diffusers_hdit.profile import profile_model, profile_network
-from diffusers_hdit.training_args import SETTINGS, parse_args
+from diffusers_hdit import DiTPixelModel, HDiTModel, HDiTPipeline, UNetPixelModel, diffusion
+from diffusers_hdit.evaluation.profiler import profile_model, profile_network
+from diffusers_hdit.hub import push as hub
+from diffusers_hdit.models.baselines import TIME_SCALE
+from diffusers_hdit.models.networks import NETWORKS
+from diffusers_hdit.training import training
+from diffusers_hdit.training.training_args import SETTINGS, parse_args
 
 
 SMALL = {

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from conftest import REPOSITORY, randomize, relative_error
 
-from diffusers_hdit import HDiTModel, linear
-from diffusers_hdit.profile import profile_model
+from diffusers_hdit import HDiTModel
+from diffusers_hdit.evaluation.profiler import profile_model
+from diffusers_hdit.ops import linear
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from diffusers_hdit import checkpoints
-from diffusers_hdit.checkpoints import damage, find_checkpoint, load_checkpoint, save_checkpoint
-from diffusers_hdit.ema import Averages
+from diffusers_hdit.training import checkpointing as checkpoints
+from diffusers_hdit.training.checkpointing import damage, find_checkpoint, load_checkpoint, save_checkpoint
+from diffusers_hdit.training.ema import Averages
 
 
 SETTINGS = {"seed": 0, "learning_rate": 0.1, "model.widths": [8]}

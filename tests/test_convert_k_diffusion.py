@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 from safetensors.torch import save_file
 
 from diffusers_hdit import HDiTModel, HDiTPipeline
-from diffusers_hdit.convert_k_diffusion import (
+from diffusers_hdit.conversion import (
     main,
     model_config_from_reference,
     read_safetensors,
@@ -227,7 +227,7 @@ def test_saving_over_a_checkpoint_leaves_no_half_file(golden, tmp_path, monkeypa
     def full_disk(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("diffusers_hdit.convert_k_diffusion.save_file", full_disk)
+    monkeypatch.setattr("diffusers_hdit.conversion.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         pipeline.save_k_diffusion(path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
@@ -248,7 +248,7 @@ def test_command_line(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "diffusers_hdit.convert_k_diffusion",
+        "diffusers_hdit.conversion",
         CHECKPOINT,
         "--output_dir",
         tmp_path / "out",

@@ -9,8 +9,8 @@ import pytest
 import torch
 from test_neighborhood import skip_without, tensors
 
-from diffusers_hdit import cpp_kernels
-from diffusers_hdit.neighborhood import neighborhood_attention, unavailable_reason
+from diffusers_hdit.ops.cpu import library as cpp_kernels
+from diffusers_hdit.ops.neighborhood import neighborhood_attention, unavailable_reason
 
 
 CPU = {"device": "cpu", "dtype": torch.float32, "head_dim": 16, "training": True}

@@ -18,10 +18,10 @@ import torch
 from data_files import folder_of, manifests, picture, saved_rows, spoil
 from PIL import Image
 
-from diffusers_hdit import image_cache
-from diffusers_hdit.data import Buckets, load_images, make_loader
-from diffusers_hdit.order import Item
-from diffusers_hdit.sources import cell_size
+from diffusers_hdit.data import image_cache
+from diffusers_hdit.data.dataset import Buckets, load_images, make_loader
+from diffusers_hdit.data.sampler import Item
+from diffusers_hdit.data.sources import cell_size
 
 
 FACES = Path(__file__).parents[1] / "examples" / "data" / "fluent_faces_64.png"

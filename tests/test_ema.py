@@ -13,8 +13,9 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import nn
 
-from diffusers_hdit import HDiTModel, HDiTPipeline, ema
-from diffusers_hdit.ema import Averages
+from diffusers_hdit import HDiTModel, HDiTPipeline
+from diffusers_hdit.training import ema
+from diffusers_hdit.training.ema import Averages
 
 
 class Net(nn.Module):

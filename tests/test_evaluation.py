@@ -17,8 +17,10 @@ from PIL import Image
 from running import EXAMPLES, SHEET, TRAIN, equal, launch, load_example, run, start, weights, write_config
 from torch import nn
 
-from diffusers_hdit import HDiTModel, HDiTPipeline, evaluation, metrics
-from diffusers_hdit.data import load_images
+from diffusers_hdit import HDiTModel, HDiTPipeline
+from diffusers_hdit.data.dataset import load_images
+from diffusers_hdit.evaluation import evaluator as evaluation
+from diffusers_hdit.evaluation import metrics
 
 
 EVALUATE = EXAMPLES / "evaluate_hdit.py"
@@ -328,7 +330,7 @@ def test_what_training_refuses_beforehand(tmp_path, faces, with_tests_on_path):
 
 
 def test_flags_of_training(capsys):
-    from diffusers_hdit.training_args import parse_args
+    from diffusers_hdit.training.training_args import parse_args
 
     base = ["--output_dir", "x", "--dataset_name", "fluent-faces"]
     for flags, message in (

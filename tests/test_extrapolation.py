@@ -2,14 +2,15 @@
 
 import json
 
+import extrapolation
 import pytest
 import torch
 from conftest import SMALL, randomize
 from diffusers import EDMDPMSolverMultistepScheduler
-from running import EXAMPLES, load_example, run, start
+from running import RESEARCH, load_example, run, start
 
-from diffusers_hdit import HDiTModel, HDiTPipeline, extrapolation
-from diffusers_hdit.cosine import axial_positions
+from diffusers_hdit import HDiTModel, HDiTPipeline
+from diffusers_hdit.ops.cosine import axial_positions
 
 
 TINY = {**SMALL, "sample_size": 16, "widths": (16, 16), "depths": (1, 1), "augment_cond_dim": 0}
@@ -115,14 +116,14 @@ def saved(folder, kind):
 @pytest.mark.slow
 def test_extrapolation_from_end_to_end(feature_folder):
     paths = [saved(feature_folder, kind) for kind in ("rope", "additive")]
-    load_example("make_panorama_views").main(
+    load_example("make_panorama_views", RESEARCH).main(
         ["--output_dir", str(feature_folder / "views"), "--number", "8", "--resolution", "24"]
     )
     options = ["--num_images", 8, "--num_inference_steps", 2, "--feature_network", "tiny_features:make"]
     options += ["--network_resolution", 16, "--finetune_steps", 2, "--train_batch_size", 4]
     options += ["--train_data_dir", feature_folder / "views"]
     command = [
-        EXAMPLES / "extrapolate.py",
+        RESEARCH / "extrapolate.py",
         *paths,
         "--resolutions",
         "24,16",
@@ -155,7 +156,7 @@ def test_extrapolation_from_end_to_end(feature_folder):
 
 
 def test_extrapolation_refuses_before_any_work(feature_folder):
-    extrapolate = load_example("extrapolate")
+    extrapolate = load_example("extrapolate", RESEARCH)
     path = saved(feature_folder, "rope")
     out = ["--output_dir", str(feature_folder / "out")]
     with pytest.raises(ValueError, match="can't process 18×18 images"):

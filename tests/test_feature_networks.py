@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_hdit import feature_networks, metrics
+from diffusers_hdit.evaluation import feature_extractors as feature_networks
+from diffusers_hdit.evaluation import metrics
 
 
 @pytest.fixture(scope="module")

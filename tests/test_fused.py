@@ -9,9 +9,11 @@ from conftest import kept_bytes, randomize, relative_error
 from test_neighborhood import skip_without
 from torch.autograd import forward_ad
 
-from diffusers_hdit import cpp_kernels, fused, fused_cpp
-from diffusers_hdit.compiled import formulas
-from diffusers_hdit.cosine import cosine_similarity
+from diffusers_hdit.ops import fused
+from diffusers_hdit.ops.compiled import formulas
+from diffusers_hdit.ops.cosine import cosine_similarity
+from diffusers_hdit.ops.cpu import fused as fused_cpp
+from diffusers_hdit.ops.cpu import library as cpp_kernels
 
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3}  # roundings of results, and of sums over 270 tokens

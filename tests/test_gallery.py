@@ -17,8 +17,10 @@ from diffusers_hdit import HDiTPipeline, HDiTUpscalePipeline
 
 @pytest.fixture
 def gallery(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "examples"))
-    spec = importlib.util.spec_from_file_location("make_gallery", REPOSITORY / "examples" / "make_gallery.py")
+    monkeypatch.syspath_prepend(str(REPOSITORY / "examples" / "research"))
+    spec = importlib.util.spec_from_file_location(
+        "make_gallery", REPOSITORY / "examples" / "research" / "make_gallery.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module

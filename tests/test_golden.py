@@ -14,8 +14,9 @@ from diffusers import EDMDPMSolverMultistepScheduler
 from diffusers.schedulers import scheduling_edm_dpmsolver_multistep
 from safetensors.torch import load_file, save_file
 
-from diffusers_hdit import DPMSolverPP3MSDEScheduler, EDMHeunScheduler, HDiTPipeline, diffusion, scheduling_edm
-from diffusers_hdit.convert_k_diffusion import read_config, read_safetensors
+from diffusers_hdit import DPMSolverPP3MSDEScheduler, EDMHeunScheduler, HDiTPipeline, diffusion
+from diffusers_hdit.conversion import read_config, read_safetensors
+from diffusers_hdit.schedulers import scheduling_edm
 
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"

@@ -6,7 +6,7 @@ import torch
 from diffusers import EDMDPMSolverMultistepScheduler
 
 from diffusers_hdit import DPMSolverPP3MSDEScheduler, EDMHeunScheduler, HDiTModel, HDiTPipeline, guidance
-from diffusers_hdit.guidance import AdaptiveProjection, Guidance
+from diffusers_hdit.pipelines.guidance import AdaptiveProjection, Guidance
 
 
 SIGMAS = {"sigma_min": 0.01, "sigma_max": 80.0, "sigma_data": 0.5}

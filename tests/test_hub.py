@@ -34,13 +34,13 @@ from diffusers_hdit import (
     HDiTModel,
     HDiTPipeline,
     HDiTUpscalePipeline,
-    convert_k_diffusion,
-    model_card,
-    remote_code,
 )
-from diffusers_hdit import hub as hub_module
-from diffusers_hdit.hub import BackgroundPush, push_folder
-from diffusers_hdit.model_card import TrainingFacts
+from diffusers_hdit import conversion as convert_k_diffusion
+from diffusers_hdit.hub import model_card
+from diffusers_hdit.hub import push as hub_module
+from diffusers_hdit.hub.model_card import TrainingFacts
+from diffusers_hdit.hub.push import BackgroundPush, push_folder
+from diffusers_hdit.utils import remote_code
 
 
 if Version(diffusers.__version__) < Version("0.42"):
@@ -280,9 +280,9 @@ def test_our_samplers_and_a_guidance_model_from_folder_and_hub(hub, make_pipelin
 FRESH = """
 import sys, torch
 from diffusers_hdit import HDiTPipeline
-assert "diffusers_hdit.scheduling_edm" not in sys.modules
+assert "diffusers_hdit.schedulers.scheduling_edm" not in sys.modules
 pipe = HDiTPipeline.from_pretrained(sys.argv[1])
-assert type(pipe.scheduler).__module__ == "diffusers_hdit.scheduling_edm"
+assert type(pipe.scheduler).__module__ == "diffusers_hdit.schedulers.scheduling_edm"
 """
 
 
@@ -342,7 +342,7 @@ def test_code_of_the_repository_beside_the_package(hub, pushed, tmp_path, monkey
     pipe.save_pretrained(tmp_path / "saved")
     assert torch.equal(draw(HDiTPipeline.from_pretrained(tmp_path / "saved")), expected)
     carried = sys.modules[type(pipe.transformer).__module__]
-    theirs, ours = carried._opaque_flex, sys.modules["diffusers_hdit.neighborhood"]._opaque_flex
+    theirs, ours = carried._opaque_flex, sys.modules["diffusers_hdit.ops.neighborhood"]._opaque_flex
     assert theirs._qualname != ours._qualname
     if not carried.unavailable_reason("flex", device="cpu", dtype=torch.float32, head_dim=16, training=False):
         query = torch.randn(1, 8, 8, 1, 16)
@@ -566,7 +566,7 @@ def test_training_with_a_hub_that_is_down(tmp_path):
     out, err = train(environment(endpoint, tmp_path, HF_TOKEN="hf_user", **SOURCE), tmp_path)
     assert "Saved the pipeline" in out and "Pushed" not in out
     assert f"Looking for {NAME} failed" in err and f"Pushing to {NAME} failed" in err
-    command = f"python -m diffusers_hdit.hub {tmp_path / 'run'} {NAME}"
+    command = f"python -m diffusers_hdit.hub.push {tmp_path / 'run'} {NAME}"
     assert f"Push it later with\n    {command}" in err
     assert HDiTPipeline.from_pretrained(tmp_path / "run").transformer.config.num_classes == 13
 
@@ -604,7 +604,7 @@ def test_the_background_swallows_what_the_hub_does(hub, make_pipeline, tmp_path,
     assert f"Looking for {NAME} failed" in caplog.text and "401" in caplog.text, "known at once"
     assert pusher.push(pipe.save_pretrained, "One") is True
     assert pusher.finish(tmp_path / "end", "The end") is None
-    assert f"python -m diffusers_hdit.hub {tmp_path / 'end'} {NAME} --private" in caplog.text
+    assert f"python -m diffusers_hdit.hub.push {tmp_path / 'end'} {NAME} --private" in caplog.text
     assert "hf_wrong" not in caplog.text and not hub.repos
 
 
@@ -665,7 +665,7 @@ def test_the_snippets_run(hub, pushed, tmp_path):
 def test_the_card_says_what_the_configuration_says(hub, make_pipeline):
     make_pipeline(num_classes=None).push_to_hub(NAME)
     card = hub.repos[NAME].files["README.md"].decode()
-    profile = diffusers_hdit.profile.profile_model({**TINY, "num_classes": None})
+    profile = diffusers_hdit.evaluation.profiler.profile_model({**TINY, "num_classes": None})
     assert f"| parameters | {profile.parameters / 1e6:.1f} M |" in card
     assert f"| multiply-accumulates | {profile.macs / 1e9:.3g} G for one image and step |" in card
     assert "| resolution | 16×16, 3 channels |" in card and "| sigma | 0.01 to 80.0, sigma_data 0.5 |" in card
@@ -924,14 +924,17 @@ def test_guard_configurations_are_read_by_dict_from_json_file(hub, pushed, monke
 
 def test_guard_modules_are_recorded_with_their_path(make_model):
     record = pipeline_loading_utils._fetch_class_library_tuple(make_model(**TINY))
-    lean(record == ("diffusers_hdit.modeling_hdit", "HDiTModel"), f"a component is now recorded as {record}")
+    lean(record == ("diffusers_hdit.models.modeling_hdit", "HDiTModel"), f"a component is now recorded as {record}")
 
 
 def test_guard_imported_modules_are_found_by_name():
-    library = pipeline_loading_utils._get_library_or_raise("diffusers_hdit.modeling_hdit")
-    lean(library is sys.modules["diffusers_hdit.modeling_hdit"], "a recorded module is not looked up in sys.modules")
+    library = pipeline_loading_utils._get_library_or_raise("diffusers_hdit.models.modeling_hdit")
+    lean(
+        library is sys.modules["diffusers_hdit.models.modeling_hdit"],
+        "a recorded module is not looked up in sys.modules",
+    )
     found, candidates = pipeline_loading_utils.get_class_obj_and_candidates(
-        "diffusers_hdit.modeling_hdit", "HDiTModel", pipeline_utils.ALL_IMPORTABLE_CLASSES, None, False
+        "diffusers_hdit.models.modeling_hdit", "HDiTModel", pipeline_utils.ALL_IMPORTABLE_CLASSES, None, False
     )
     lean(found is HDiTModel, "`get_class_obj_and_candidates` finds another class")
     lean(candidates.get("ModelMixin"), "base classes are no longer looked up in the component's own module")

@@ -9,8 +9,9 @@ from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_hdit import HDiTModel, linear
-from diffusers_hdit.linear_onednn import linear as operator
+from diffusers_hdit import HDiTModel
+from diffusers_hdit.ops import linear
+from diffusers_hdit.ops.cpu.linear_onednn import linear as operator
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,9 @@ from diffusers import EDMDPMSolverMultistepScheduler
 from diffusers.hooks import FirstBlockCacheConfig
 from PIL import Image
 
-from diffusers_hdit import HDiTPipeline, many_images
-from diffusers_hdit.many_images import draw_many, image_seed
+from diffusers_hdit import HDiTPipeline
+from diffusers_hdit.evaluation import generate as many_images
+from diffusers_hdit.evaluation.generate import draw_many, image_seed
 
 
 STEPS = {"num_inference_steps": 3}

@@ -3,13 +3,13 @@ import sys
 
 import pytest
 
-from diffusers_hdit import memory
+from diffusers_hdit.utils import memory
 
 
 HELD = """
 import platform, resource, torch
 from pathlib import Path
-from diffusers_hdit.memory import keep_freed_memory
+from diffusers_hdit.utils.memory import keep_freed_memory
 
 def held():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from diffusers_hdit import neighborhood, plans
-from diffusers_hdit.neighborhood import (
+from diffusers_hdit.ops import neighborhood, plans
+from diffusers_hdit.ops.neighborhood import (
     BACKENDS,
     cosine_neighborhood_attention,
     neighborhood_attention,

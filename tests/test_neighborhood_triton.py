@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusers_hdit import neighborhood, presets
-from diffusers_hdit.neighborhood import neighborhood_attention, unavailable_reason
+from diffusers_hdit import presets
+from diffusers_hdit.ops import neighborhood
+from diffusers_hdit.ops.neighborhood import neighborhood_attention, unavailable_reason
 
 
 GPU = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 64, "training": True}
@@ -48,7 +49,7 @@ def compile_kernel(name, dtype, head_dim, kernel_size, pairs, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from diffusers_hdit import neighborhood_triton
+    from diffusers_hdit.ops.triton import neighborhood as neighborhood_triton
 
     function = getattr(neighborhood_triton, name)
     options = neighborhood_triton.launch_options(dtype, head_dim)

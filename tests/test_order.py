@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from diffusers_hdit import diffusion
-from diffusers_hdit.buckets import Buckets, assign
-from diffusers_hdit.order import BucketedBatches, ShuffledBatches
+from diffusers_hdit.data.bucketing import Buckets, assign
+from diffusers_hdit.data.sampler import BucketedBatches, ShuffledBatches
 
 
 # (images of a micro-step in a process, processes, micro-steps): all divide a global batch of 8.

@@ -10,8 +10,8 @@ import torch
 from data_files import folder_of, load_one, picture
 from PIL import Image
 
-from diffusers_hdit import pixels
-from diffusers_hdit.data import load_images, to_float
+from diffusers_hdit.data import transforms as pixels
+from diffusers_hdit.data.dataset import load_images, to_float
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,8 @@ import torch
 from conftest import SMALL, kept_bytes
 
 from diffusers_hdit import HDiTModel, presets
-from diffusers_hdit.compiled import formulas
-from diffusers_hdit.profile import profile_model
+from diffusers_hdit.evaluation.profiler import profile_model
+from diffusers_hdit.ops.compiled import formulas
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_activation_memory_is_what_autograd_keeps(types):
 
 def test_command_line():
     run = lambda *args: subprocess.run(  # noqa: E731
-        [sys.executable, "-m", "diffusers_hdit.profile", *args], capture_output=True, text=True
+        [sys.executable, "-m", "diffusers_hdit.evaluation.profiler", *args], capture_output=True, text=True
     )
     done = run("--preset", "ffhq-1024")
     assert "85.1M" in done.stdout and "206.1" in done.stdout and "28.7%" in done.stdout

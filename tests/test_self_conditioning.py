@@ -19,9 +19,9 @@ from diffusers_hdit import (
     HDiTUpscalePipeline,
     diffusion,
     probability_flow,
-    training,
 )
-from diffusers_hdit.training_args import parse_args
+from diffusers_hdit.training import training
+from diffusers_hdit.training.training_args import parse_args
 
 
 SIGMAS = {"sigma_min": 0.01, "sigma_max": 80.0, "sigma_data": 0.5}

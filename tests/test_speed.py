@@ -6,9 +6,10 @@ from conftest import relative_error
 from diffusers import EDMDPMSolverMultistepScheduler
 from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
 
-from diffusers_hdit import DPMSolverPP3MSDEScheduler, EDMHeunScheduler, HDiTPipeline, scheduling_edm
-from diffusers_hdit.compiled import formulas
-from diffusers_hdit.guidance import Guidance
+from diffusers_hdit import DPMSolverPP3MSDEScheduler, EDMHeunScheduler, HDiTPipeline
+from diffusers_hdit.ops.compiled import formulas
+from diffusers_hdit.pipelines.guidance import Guidance
+from diffusers_hdit.schedulers import scheduling_edm
 
 
 SIGMAS = {"sigma_min": 0.01, "sigma_max": 80.0}

@@ -9,8 +9,8 @@ import torch
 from data_files import manifests
 from PIL import Image
 
-from diffusers_hdit import stream
-from diffusers_hdit.data import load_images, make_loader
+from diffusers_hdit.data import streaming as stream
+from diffusers_hdit.data.dataset import load_images, make_loader
 
 
 datasets = pytest.importorskip("datasets")

@@ -8,14 +8,17 @@ import signal
 import time
 
 import pytest
+import study as studies
+import study_report
+import study_runs
 import torch
 from conftest import SMALL
-from running import EXAMPLES, Images, finish, load_example, run, start
+from running import RESEARCH, Images, finish, load_example, run, start
 
-from diffusers_hdit import HDiTModel, diffusion, studies, study_report, study_runs
+from diffusers_hdit import HDiTModel, diffusion
 
 
-RUN_STUDY = EXAMPLES / "run_study.py"
+RUN_STUDY = RESEARCH / "run_study.py"
 MODEL = {**SMALL, "sample_size": 16, "widths": [16, 16], "depths": [1, 1]}
 BASE = {
     "data": {"resolution": 16, "views": 40, "held_out_views": 24},
@@ -147,7 +150,7 @@ def test_malformed_studies_are_refused_before_any_work(feature_folder, rows, mor
 
 
 def test_unknown_studies_and_folders_are_refused_before_any_work(feature_folder):
-    study = load_example("run_study")
+    study = load_example("run_study", RESEARCH)
     with pytest.raises(ValueError, match="no study 'nothing'; there are attention"):
         study.main(["nothing", "--output_dir", str(feature_folder / "out")])
     with pytest.raises(SystemExit):
@@ -161,10 +164,10 @@ def test_unknown_studies_and_folders_are_refused_before_any_work(feature_folder)
     assert process.returncode == 1 and "have other views" in output and not (feature_folder / "out").exists()
 
 
-@pytest.mark.parametrize("name", load_example("run_study").known_studies())
+@pytest.mark.parametrize("name", load_example("run_study", RESEARCH).known_studies())
 def test_the_studies_that_come_with_the_project(name):
     """Every row of each is one that can be trained; those of the default's budget share the default row."""
-    (path,) = load_example("run_study").study_paths([name])
+    (path,) = load_example("run_study", RESEARCH).study_paths([name])
     study, default = studies.read_study(path), studies.read_study(path.with_name("skips.json")).rows[0]
     assert len({row.identity for row in study.rows}) == len(study.rows) > 1
     assert default.identity in {row.identity for row in study.rows}
@@ -199,8 +202,8 @@ def test_held_out_errors_are_those_of_the_loss(make_model):
     # In float64, from the definition: F against its target.
     sigma = torch.tensor(found["sigma"][1], dtype=torch.float64)
     x = torch.stack(list(images)).double() / 127.5 - 1
-    from diffusers_hdit.data import mixed_seed
-    from diffusers_hdit.training import draw_noise
+    from diffusers_hdit.data.dataset import mixed_seed
+    from diffusers_hdit.training.training import draw_noise
 
     noise = draw_noise(x.shape, mixed_seed("held-out", 0, 1), range(5), x.device).double()
     noised = x + sigma * noise
@@ -230,7 +233,7 @@ def test_differences_are_taken_seed_by_seed():
 
 
 def test_views_of_panoramas(tmp_path):
-    make = load_example("make_panorama_views")
+    make = load_example("make_panorama_views", RESEARCH)
     # A sphere whose colour is the direction: red is longitude, green latitude.
     height, width = 64, 128
     red = ((torch.arange(width) + 0.5) / width).expand(height, width)
@@ -270,7 +273,11 @@ def test_the_command_ends_when_it_is_done(feature_folder):
 
 
 def test_views_of_other_settings_are_refused(tmp_path):
-    check_views, done, folder = load_example("run_study").check_views, tmp_path / "train-complete", tmp_path / "train"
+    check_views, done, folder = (
+        load_example("run_study", RESEARCH).check_views,
+        tmp_path / "train-complete",
+        tmp_path / "train",
+    )
     folder.mkdir()
     for i in range(3):
         (folder / f"{i}.png").touch()

@@ -5,7 +5,7 @@ import re
 import pytest
 from running import write_config
 
-from diffusers_hdit.training_args import SETTINGS, make_parser, parse_args
+from diffusers_hdit.training.training_args import SETTINGS, make_parser, parse_args
 
 
 def parse(tmp_path, *arguments, **config):

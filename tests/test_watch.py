@@ -7,7 +7,7 @@ import pytest
 import torch
 from running import load_example
 
-from diffusers_hdit.watch import (
+from diffusers_hdit.training.monitoring import (
     MAX_BAD_STEPS,
     LossBySigma,
     MetricsFile,

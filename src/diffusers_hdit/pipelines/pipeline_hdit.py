@@ -1,0 +1,518 @@
+"""Sampling: labels -> noise levels -> noise -> denoised step by step -> images."""
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Optional, Union
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    ImagePipelineOutput,
+    ModelMixin,
+)
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor
+
+from ..models.modeling_hdit import HDiTModel
+from ..utils.remote_code import PipelineCarriesCode, package_module
+from .denoising import Denoising
+from .guidance import AdaptiveProjection, Guidance
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+Labels = int | str | Sequence[int] | Sequence[str] | Tensor
+
+
+class HDiTPipeline(PipelineCarriesCode, Denoising, DiffusionPipeline):
+    r"""
+    Draws images with a Hourglass Diffusion Transformer, directly in pixels.
+
+    Args:
+        transformer (`HDiTModel`): the network, or one that is called as it is: `DiTPixelModel`, `UNetPixelModel`.
+        scheduler: an EDM scheduler of Diffusers or of this package, holding sigma_min, sigma_max and sigma_data of the
+            training.
+        guidance_model (`HDiTModel`, *optional*): a smaller or less trained network for autoguidance (Karras et al. 2024,
+            arXiv 2406.02507), or an unconditional one; it then takes the place of the unconditional half of guidance.
+        id2label (`dict[int, str]`, *optional*): names of the classes.
+        condition_columns (`dict[str, list]`, *optional*): for a model whose `mapping_cond` was made of named numbers:
+            their "names", and "mean" and "std" in the training set, in the order of the vector.
+        k_diffusion_config (`dict`, *optional*): the reference's configuration, if the weights came from there.
+    """
+
+    model_cpu_offload_seq = "guidance_model->transformer"
+    _optional_components = ["guidance_model"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        # Written as Diffusers 0.36 can read them when it loads a pipeline; it passes over `A | B`.
+        transformer: Union[HDiTModel, ModelMixin],  # noqa: UP007
+        scheduler: Union[EDMDPMSolverMultistepScheduler, EDMEulerScheduler],  # noqa: UP007
+        id2label: Optional[dict] = None,  # noqa: UP045
+        condition_columns: Optional[dict] = None,  # noqa: UP045
+        k_diffusion_config: Optional[dict] = None,  # noqa: UP045
+        guidance_model: Optional[Union[HDiTModel, ModelMixin]] = None,  # noqa: UP007, UP045
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, guidance_model=guidance_model)
+        self.register_to_config(
+            id2label=id2label, condition_columns=condition_columns, k_diffusion_config=k_diffusion_config
+        )
+        # The images are the latents: nothing is scaled up.
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "HDiTPipeline":
+        """This pipeline with the components and the configuration of another one; keyword arguments replace some."""
+        if {"dtype", "torch_dtype", "custom_pipeline"} & set(kwargs):
+            return super().from_pipe(pipeline, **{**pipeline.components, **kwargs})
+        # Diffusers would make the weights float32, and leave out networks whose class came with a repository.
+        names = set(inspect.signature(cls.__init__).parameters) - {"self"}
+        config = {name: value for name, value in pipeline.config.items() if name not in pipeline.components}
+        # What a pipeline has no use for it keeps under a private name, for one that has.
+        there = {name.removeprefix("_"): value for name, value in config.items()}
+        given = {**there, **pipeline.components, **kwargs}
+        made = cls(
+            **{name: given[name] for name in names if name in given}, **{k: kwargs[k] for k in set(kwargs) - names}
+        )
+        made.register_to_config(**{f"_{name}": value for name, value in there.items() if name not in names})
+        return made
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Labels
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Class number -> name; empty for a model without names."""
+        return {int(i): name for i, name in (self.config.id2label or {}).items()}
+
+    def get_label_ids(self, labels: str | Sequence[str]) -> list[int]:
+        """
+        The numbers of the classes with these names.
+
+        Raises:
+            ValueError: for a name that is not in `id2label`, with the names that are close or all of them.
+        """
+        label2id = {name: i for i, name in self.id2label.items()}
+        labels = [labels] if isinstance(labels, str) else list(labels)
+        for label in labels:
+            if label not in label2id:
+                known = ", ".join(map(repr, list(label2id)[:20])) or "none, this model's classes have numbers only"
+                more = ", ..." if len(label2id) > 20 else ""
+                raise ValueError(f"there is no class {label!r}; the classes are: {known}{more}.")
+        return [label2id[label] for label in labels]
+
+    def encode_conditions(
+        self,
+        class_labels: Labels | None,
+        mapping_cond: Tensor | Mapping | None,
+        num_images_per_prompt: int,
+        **images: Tensor | None,
+    ) -> tuple[dict[str, Tensor], int]:
+        """What the network is called with besides the noised image, and other `images`, each with one entry for every
+        image to draw, on the pipeline's device; and how many these are."""
+        encoded = {
+            "class_labels": self.encode_labels(class_labels),
+            "mapping_cond": self.encode_mapping_cond(mapping_cond),
+            **images,
+        }
+        encoded = {name: value for name, value in encoded.items() if value is not None}
+        batch_size = max((len(value) for value in encoded.values()), default=1)
+        for name, value in encoded.items():
+            if len(value) not in (1, batch_size):
+                raise ValueError(
+                    f"{len(value)} {name} were given, but {batch_size} of another argument. Give as many, or one."
+                )
+            value = value.expand(batch_size, *value.shape[1:]).repeat_interleave(num_images_per_prompt, dim=0)
+            encoded[name] = value.to(self._execution_device)
+        return encoded, batch_size * num_images_per_prompt
+
+    def encode_labels(self, class_labels: Labels | None) -> Tensor | None:
+        """Class numbers `(B,)`, all checked; None for a model without classes."""
+        num_classes = self.transformer.config.num_classes
+        if class_labels is None:
+            return None if num_classes is None else torch.tensor([num_classes])
+        if num_classes is None:
+            raise ValueError("class_labels were given, but this model was trained without classes. Leave them out.")
+        if isinstance(class_labels, Tensor):
+            class_labels = class_labels.flatten().tolist()
+        if isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
+            class_labels = [class_labels]
+        if len(class_labels) == 0:
+            raise ValueError("class_labels is empty; give at least one, or None to draw without a label.")
+        ids = [
+            self.get_label_ids(label)[0] if isinstance(label, str) else operator.index(label) for label in class_labels
+        ]
+        for i in ids:
+            if not 0 <= i <= num_classes:
+                raise ValueError(
+                    f"class label {i} is out of range: this model has the classes 0 to {num_classes - 1}, "
+                    f"and {num_classes} for no label."
+                )
+        return torch.tensor(ids)
+
+    def encode_mapping_cond(
+        self, mapping_cond: Tensor | Mapping[str, float | Sequence[float]] | None
+    ) -> Tensor | None:
+        """The vector condition `(B, D)` in float32, checked; named numbers are put in order and normalised."""
+        dim = self.transformer.config.mapping_cond_dim
+        if mapping_cond is None:
+            return None
+        if not dim:
+            raise ValueError("mapping_cond was given, but this model has mapping_cond_dim=0. Leave it out.")
+        if isinstance(mapping_cond, Mapping):
+            mapping_cond = self.encode_columns(mapping_cond)
+        mapping_cond = torch.as_tensor(mapping_cond, dtype=torch.float32)
+        if mapping_cond.ndim != 2 or mapping_cond.shape[1] != dim:
+            raise ValueError(f"mapping_cond must have shape (batch, {dim}), got {tuple(mapping_cond.shape)}.")
+        return mapping_cond
+
+    def encode_columns(self, values: Mapping[str, float | Sequence[float]]) -> Tensor:
+        """Named numbers, and vectors (a column v of which has the entries v[0], v[1], ...), as the network gets them."""
+        columns = self.config.condition_columns or {"names": []}
+        given = {}
+        for name, value in values.items():
+            value = torch.as_tensor(value, dtype=torch.float32).cpu()
+            if name not in columns["names"] and f"{name}[0]" in columns["names"] and value.ndim:
+                given.update((f"{name}[{i}]", part) for i, part in enumerate(value.unbind(-1)))
+            else:
+                given[name] = value
+        if set(given) != set(columns["names"]):
+            raise ValueError(
+                f"mapping_cond names {sorted(values)}, but this model was trained on the columns "
+                f"{columns['names']}. Give a value for each of these, or pass a tensor."
+            )
+        values = torch.stack(torch.broadcast_tensors(*(given[name].flatten() for name in columns["names"])), dim=1)
+        values = (values - torch.tensor(columns["mean"])) / torch.tensor(columns["std"])
+        # Where the training dropped conditions, a last entry of 1 says that there is one: zeros are the columns' means.
+        missing = self.transformer.config.mapping_cond_dim - values.shape[1]
+        return torch.nn.functional.pad(values, (0, 1), value=1.0) if missing == 1 else values
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Checks, before any work
+
+    def check_inputs(
+        self,
+        num_inference_steps,
+        num_images_per_prompt,
+        output_type,
+        callback_on_step_end_tensor_inputs,
+    ) -> None:
+        for name, value in (
+            ("num_inference_steps", num_inference_steps),
+            ("num_images_per_prompt", num_images_per_prompt),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(map(repr, OUTPUT_TYPES))}; got {output_type!r}.")
+        channels = self.transformer.config.out_channels or self.transformer.config.in_channels
+        if output_type == "pil" and channels not in (1, 3, 4):
+            raise ValueError(f"PIL has no images of {channels} channels; use output_type='np', 'pt' or 'latent'.")
+        if channels != self.transformer.config.in_channels:
+            raise ValueError(
+                f"this pipeline draws with a model of as many output as input channels; this one has {channels} and "
+                f"{self.transformer.config.in_channels}."
+            )
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs must be in {self._callback_tensor_inputs}, got {sorted(unknown)}."
+            )
+        if getattr(self.scheduler.config, "sigma_data", None) is None:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} is not an EDM scheduler (it has no sigma_data). Use for instance "
+                "EDMDPMSolverMultistepScheduler or EDMEulerScheduler."
+            )
+
+    def check_guidance(self, guidance: Guidance, has_condition: bool) -> None:
+        """Raises ValueError unless there is something to guide with."""
+        guide, model = self.guidance_model, self.transformer
+        if guidance.scale == 1:
+            return
+        if guide is None and not has_condition:
+            raise ValueError(
+                f"guidance_scale={guidance.scale} needs class_labels or a mapping_cond to guide towards, or a pipeline "
+                "with a guidance_model."
+            )
+        if guide is None:
+            return
+        if guide.config.in_channels != model.config.in_channels:
+            raise ValueError(
+                f"the guidance_model has {guide.config.in_channels} channels, the transformer {model.config.in_channels}."
+            )
+        outputs = [m.config.out_channels or m.config.in_channels for m in (guide, model)]
+        if outputs[0] != outputs[1]:
+            raise ValueError(f"the guidance_model has {outputs[0]} output channels, the transformer {outputs[1]}.")
+        for name, nothing in (
+            ("num_classes", None),
+            ("mapping_cond_dim", 0),
+            ("conditioning_channels", 0),
+            ("self_conditioning", False),
+        ):
+            guides, own = guide.config.get(name, nothing), model.config.get(name, nothing)
+            if guides not in (nothing, own):
+                raise ValueError(
+                    f"the guidance_model has {name}={guides}, the transformer {own}; it must have the same or {nothing}."
+                )
+
+    def first_step(self, strength: float, num_inference_steps: int) -> int:
+        """How many of the steps to leave out."""
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength must be above 0 and at most 1, got {strength}.")
+        steps = round(num_inference_steps * strength)
+        if steps == 0:
+            raise ValueError(
+                f"strength={strength} of {num_inference_steps} steps is less than one; take for instance "
+                f"num_inference_steps={int(1 / strength) + 1}."
+            )
+        return num_inference_steps - steps
+
+    def prepare_latents(self, latents, batch_size, height, width, generator) -> Tensor:
+        """Unit-variance noise `(B, C, H, W)`, float32 on the pipeline's device."""
+        shape = (batch_size, self.transformer.config.in_channels, height, width)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"{len(generator)} generators were given for {batch_size} images; give one for each, or one."
+            )
+        if latents is None:
+            return self.noise(shape, generator)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}.")
+        return latents.to(self._execution_device, torch.float32)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Sampling
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Labels | None = None,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        mapping_cond: Tensor | Mapping[str, float | Sequence[float]] | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
+        adaptive_projection: AdaptiveProjection | Mapping[str, float] | bool | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (as in all pipelines of Diffusers)
+    ) -> ImagePipelineOutput | tuple:
+        """
+        Args:
+            class_labels: a class by number or by name, or a list of them; None draws without a label.
+            num_images_per_prompt: images for each label.
+            height, width: size in pixels, by default that of the training (or of `latents`).
+            num_inference_steps: steps of the sampler, each one evaluation of the network but with Heun's method.
+            mapping_cond: vector condition `(B, D)`, or `{name: value}` for a model trained on named columns.
+            guidance_scale: w, of D_weak + w (D - D_weak); 1 means none. D_weak is drawn without label and with a zero
+                `mapping_cond` (classifier-free guidance, Ho & Salimans 2022, arXiv 2207.12598) in one call together
+                with D, or by the pipeline's `guidance_model` (autoguidance, Karras et al. 2024, arXiv 2406.02507).
+            guidance_interval: `(sigma_lo, sigma_hi)`: guide only where sigma_lo < sigma <= sigma_hi (Kynkäänniemi et
+                al. 2024, arXiv 2404.07724); elsewhere the network sees each image once, and D_weak is not computed.
+            guidance_rescale: from 0 to 1, how far to bring the guided prediction back to the standard deviation of D (Lin
+                et al. 2023, arXiv 2305.08891).
+            adaptive_projection: adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416): True, or some of
+                `{"eta": 0.0, "norm_threshold": None, "momentum": 0.0}`.
+            generator: one, or a list with one for each image.
+            latents: unit-variance noise `(B, C, H, W)` to start from; multiplied by the first sigma here.
+            output_type: "pil"; "np" `(B, H, W, C)` or "pt" `(B, C, H, W)` in [0, 1]; or "latent", in [-1, 1] but
+                neither clamped nor rounded.
+            callback_on_step_end: called as `callback(pipeline, step, timestep, {"latents": ...})` after each step (with
+                Heun's method after each evaluation, with jumps once more for each repeated one); may return a dict with
+                changed latents.
+
+        Returns:
+            `ImagePipelineOutput` with `images`, or a tuple with them.
+
+        Raises:
+            ValueError: for wrong arguments, before the first evaluation.
+        """
+        if latents is not None and getattr(latents, "ndim", None) != 4:
+            raise ValueError(f"latents must be a tensor (B, C, H, W), got {getattr(latents, 'shape', latents)!r}.")
+        if latents is not None and class_labels is None and mapping_cond is None and num_images_per_prompt == 1:
+            num_images_per_prompt = len(latents)
+        default = self.transformer.sample_size if latents is None else latents.shape[-2:]
+        return self.sample(
+            default[0] if height is None else height,
+            default[1] if width is None else width,
+            class_labels=class_labels,
+            num_images_per_prompt=num_images_per_prompt,
+            num_inference_steps=num_inference_steps,
+            mapping_cond=mapping_cond,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            adaptive_projection=adaptive_projection,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+
+    def sample(
+        self,
+        height: int,
+        width: int,
+        *,
+        class_labels: Labels | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 50,
+        mapping_cond: Tensor | Mapping[str, float | Sequence[float]] | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
+        adaptive_projection: AdaptiveProjection | Mapping[str, float] | bool | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        image: Tensor | None = None,
+        strength: float = 1.0,
+        mask: Tensor | None = None,
+        jumps: tuple[int, int] = (1, 1),
+        small: Tensor | None = None,
+        enlarge: Callable | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """
+        What the pipelines for images, inpainting and upscaling have in common with this one: see `__call__`, and
+
+        Args:
+            image: `(B, C, H, W)` in [-1, 1] to start from.
+            strength: share of the steps to run on `image`.
+            mask: `(B, 1, H, W)` of booleans, True where `image` is to be drawn anew.
+            jumps: see `HDiTInpaintPipeline`.
+            small, enlarge: low-resolution images, and what makes the network's `conditioning_image` of them, called as
+                `enlarge(small, generator)`.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self.check_inputs(num_inference_steps, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
+        for name, value in (("height", height), ("width", width)):
+            if not isinstance(value, int):
+                raise ValueError(f"{name} must be an integer, got {value!r}.")
+        generator = list(generator) if isinstance(generator, tuple) else generator
+        guidance = Guidance(guidance_scale, guidance_interval, guidance_rescale, adaptive_projection)
+        self.check_guidance(guidance, has_condition=class_labels is not None or mapping_cond is not None)
+        first_step = self.first_step(strength, num_inference_steps)
+        self.transformer.check_size(height, width)
+        if guidance.scale != 1 and self.guidance_model is not None:
+            self.guidance_model.check_size(height, width)
+        if self.transformer.config.conditioning_channels and small is None:
+            raise ValueError(
+                f"this model has conditioning_channels={self.transformer.config.conditioning_channels}: it upscales images. "
+                "Draw with HDiTUpscalePipeline.from_pipe(pipe)."
+            )
+        conditions, batch_size = self.encode_conditions(
+            class_labels, mapping_cond, num_images_per_prompt, image=image, mask=mask, small=small
+        )
+        image, mask, small = (conditions.pop(name, None) for name in ("image", "mask", "small"))
+        latents = self.prepare_latents(latents, batch_size, height, width, generator)
+        if small is not None:
+            conditions["conditioning_image"] = enlarge(small, generator)
+
+        self._guidance_scale = guidance_scale
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        # The first sigma itself: the schedulers' init_noise_sigma, sqrt(sigma² + 1), is not where EDM samplers start.
+        sigmas = self.scheduler.sigmas.tolist()
+        runs = self.runs(first_step, num_inference_steps, *jumps)
+        latents = latents * sigmas[runs[0].start]
+        if image is not None:
+            latents = latents + image
+        keep = None if mask is None else functools.partial(self.keep_known, image, mask, sigmas, generator)
+        callback = None
+        if callback_on_step_end is not None:
+            callback = functools.partial(self.call_back, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        latents = self.denoise(latents, conditions, guidance, generator, callback, runs=runs, before_step=keep)
+        if mask is not None:
+            latents = torch.where(mask, latents, image)
+
+        images = latents if output_type == "latent" else self.image_processor.postprocess(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The reference's checkpoints
+
+    @classmethod
+    def from_k_diffusion(
+        cls,
+        checkpoint: str | PathLike | Mapping[str, Tensor],
+        config: str | PathLike | dict | None = None,
+        torch_dtype: torch.dtype | None = None,
+    ) -> "HDiTPipeline":
+        """
+        A pipeline from a checkpoint of the reference implementation (k-diffusion, `image_transformer_v2`).
+
+        Args:
+            checkpoint: a `.safetensors` for inference, a training `.pth` (its EMA weights are taken), or a state dict.
+            config: the reference's configuration, a dict or a JSON file; by default the one inside the checkpoint.
+            torch_dtype: dtype of the weights, float32 by default.
+
+        Raises:
+            ValueError: for a file that can't be read, a configuration of another network, or weights that do not fit it.
+        """
+        return package_module("conversion").load_pipeline(checkpoint, config, torch_dtype, pipeline_class=cls)
+
+    def save_k_diffusion(self, path: str | PathLike) -> None:
+        """Writes the weights and their configuration as a `.safetensors` that the reference loads."""
+        package_module("conversion").save_pipeline(self, path)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The Hub
+
+    def push_to_hub(self, repo_id: str, *args, **kwargs):
+        """
+        Uploads what inference needs, and a model card, to the Hugging Face Hub; in one commit, tried again if need be.
+
+        Text that somebody wrote into the repository's card stays. Weights of an earlier push that these replace go.
+
+        Args:
+            repo_id: "user/name"; made if it is not there.
+            commit_message, private, token, create_pr, variant: as in Diffusers. `private=True` and a repository that is
+                public already is an error.
+            revision: branch to push to, made if it is not there.
+            max_shard_size: larger weights are split, for instance "5GB".
+            license: of the weights, for the card, for instance "cc-by-4.0".
+            facts: `model_card.TrainingFacts` of the training, for the card; without it, the card says nothing of that.
+            samples: a PIL image for the card, described by `facts.samples`.
+
+        Returns:
+            `huggingface_hub.CommitInfo`, the URL of the commit.
+
+        Raises:
+            ValueError: for arguments that can't be, before anything is uploaded.
+            ImportError: in code that came with a repository, where the package is not installed.
+            huggingface_hub.errors.HfHubHTTPError: if the Hub refuses, or fails again and again.
+        """
+        return package_module("hub.push").push_pipeline(self, repo_id, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | PathLike, *args, push_to_hub: bool = False, **kwargs):
+        """As in Diffusers; `push_to_hub=True` then calls `push_to_hub(repo_id=...)` with the other arguments."""
+        hub = ("repo_id", "commit_message", "private", "token", "create_pr", "revision", "license")
+        hub = {name: kwargs.pop(name) for name in hub if name in kwargs}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if push_to_hub:
+            repo_id = hub.pop("repo_id", None) or Path(save_directory).resolve().name
+            package_module("hub.push").push_folder(save_directory, repo_id, **hub)
