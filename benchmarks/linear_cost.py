@@ -13,9 +13,8 @@ import platform
 import torch
 from measure import Bench
 
-from diffusers_hdit.models.configuration_hdit import resolve_levels
-from diffusers_hdit.models.modeling_hdit import make_blocks
-from diffusers_hdit.ops.cosine import axial_positions, axial_rotary_tables
+from diffusers_hdit.models.checks import resolve_levels
+from diffusers_hdit.models.modeling_hdit import axial_positions, axial_rotary_tables, make_blocks
 from diffusers_hdit.utils.memory import keep_freed_memory
 
 

@@ -9,7 +9,12 @@ from conftest import SMALL, randomize, relative_error
 from diffusers import ModelMixin
 
 from diffusers_hdit import HDiTModel
-from diffusers_hdit.ops.cosine import axial_positions, axial_rotary_frequencies, axial_rotary_tables
+from diffusers_hdit.models.modeling_hdit import (
+    HDiTShiftedWindowAttnProcessor,
+    axial_positions,
+    axial_rotary_frequencies,
+    axial_rotary_tables,
+)
 
 
 def inputs(batch=2, channels=3, height=32, width=32):
@@ -118,8 +123,6 @@ def test_tables_are_kept_from_call_to_call(make_model):
 
 def test_shifted_window_against_a_dense_mask(make_model):
     """Two tokens see each other if they share a window of the rolled grid and were not joined by the roll."""
-    from diffusers_hdit.models.modeling_hdit import ShiftedWindowAttention
-
     h, w, size, shift = 8, 12, 4, 2
     q, k, v = torch.randn(3, 2, h, w, 2, 8, dtype=torch.float64).unbind(0)
     rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
@@ -129,7 +132,7 @@ def test_shifted_window_against_a_dense_mask(make_model):
     visible = same_window & (wrapped[:, None] == wrapped[None]).all(-1)
     scores = torch.einsum("bqnd,bknd->bnqk", q.flatten(1, 2), k.flatten(1, 2)).masked_fill(~visible, -torch.inf)
     expected = torch.einsum("bnqk,bknd->bqnd", scores.softmax(-1), v.flatten(1, 2)).reshape(q.shape)
-    torch.testing.assert_close(ShiftedWindowAttention(size, shift).attend(q, k, v), expected)
+    torch.testing.assert_close(HDiTShiftedWindowAttnProcessor(size, shift).attend(q, k, v), expected)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

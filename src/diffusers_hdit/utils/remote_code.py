@@ -17,6 +17,7 @@ import inspect
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -113,7 +114,7 @@ class CarriesCode:
 
 
 class SafeWeights:
-    """Mixin for what has weights."""
+    """Mixin in front of Diffusers' classes with weights, which are saved as and loaded from safetensors only."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
@@ -126,9 +127,42 @@ class SafeWeights:
         kwargs["use_safetensors"] = True
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **kwargs,
+    ) -> None:
+        """
+        As in Diffusers; its pipelines look for these parameters by name.
+
+        Raises:
+            ValueError: for `safe_serialization=False`, before anything is written: the pickle could not be loaded again.
+        """
+        check_safe_serialization(self, safe_serialization)
+        kwargs |= {"variant": variant, "max_shard_size": max_shard_size}
+        super().save_pretrained(save_directory, is_main_process, save_function, **kwargs)
+
+
+def check_safe_serialization(saved: object, safe_serialization: bool) -> None:
+    if not safe_serialization:
+        raise ValueError(
+            f"safe_serialization=False was given, but {type(saved).__name__} saves weights as safetensors only, because a "
+            "pickle can run code and would not be loaded again. Leave it out."
+        )
+
 
 class PipelineCarriesCode(CarriesCode, SafeWeights):
     """Writes into model_index.json which files hold the code, and reads past it with a class that is at hand."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, *args, **kwargs):
+        """As in Diffusers; raises ValueError for `safe_serialization=False` (see `SafeWeights`)."""
+        check_safe_serialization(self, safe_serialization)
+        super(SafeWeights, self).save_pretrained(save_directory, safe_serialization, *args, **kwargs)
 
     def to_json_string(self) -> str:
         config = json.loads(super().to_json_string())
