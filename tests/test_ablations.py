@@ -13,12 +13,12 @@ from diffusers_hdit import HDiTModel, HDiTPipeline
 from diffusers_hdit.evaluation.profiler import profile_model
 from diffusers_hdit.models.ablations import (
     AdaLayerNorm,
-    GELUFeedForward,
     HDiTAxialAttnProcessor,
     HDiTSlidingWindowAttnProcessor,
     SplitAndAdd,
     SplitAndConcat,
 )
+from diffusers_hdit.models.modeling_hdit import HDiTFeedForward
 from diffusers_hdit.ops.compiled import formulas
 from diffusers_hdit.ops.neighborhood import (
     _axis_halos,
@@ -188,7 +188,7 @@ def test_additive_positions_are_resampled_for_other_sizes():
 def test_gelu_and_layer_norm_formulas():
     torch.manual_seed(0)
     x, cond = torch.randn(2, 3, 4, 8, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
-    feed_forward = randomize(GELUFeedForward(8, 12)).double()
+    feed_forward = randomize(HDiTFeedForward(8, 12, activation="gelu")).double()
     hidden = x @ feed_forward.up_proj.weight.T
     gelu = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
     torch.testing.assert_close(feed_forward(x), gelu @ feed_forward.down_proj.weight.T)

@@ -406,5 +406,5 @@ def test_conditioning_channels(make_model):
             model(sample, 0.1, conditioning_image=given)
     with pytest.raises(ValueError, match="conditioning_image must be left out for this model"):
         plain(sample, 0.1, conditioning_image=condition)
-    with pytest.raises(ValueError, match="conditioning_channels must not be negative, got -1"):
+    with pytest.raises(ValueError, match="conditioning_channels must be at least 0, got -1"):
         make_model(conditioning_channels=-1)

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from ..ops.cosine import cosine_similarity
 from ..ops.linear import Linear
 from ..ops.neighborhood import sliding_window_attention
 
@@ -18,18 +17,14 @@ from ..ops.neighborhood import sliding_window_attention
 
 
 class HDiTSlidingWindowAttnProcessor:
-    """
-    Every token attends to the kernel_size × kernel_size tokens centred on it, and to fewer at a border (Ramachandran et
-    al. 2019, "Stand-Alone Self-Attention in Vision Models", arXiv 1906.05909).
-    """
+    """Every token attends to the kernel_size × kernel_size tokens centred on it, and to fewer at a border (Ramachandran et
+    al. 2019, "Stand-Alone Self-Attention in Vision Models", arXiv 1906.05909)."""
 
     def __init__(self, kernel_size: int):
         self.kernel_size = kernel_size
 
     def __call__(self, attn: nn.Module, hidden_states: Tensor, image_rotary_emb=None) -> Tensor:
-        query, key, value = attn.project_qkv(hidden_states)
-        query = cosine_similarity(query, attn.scale, image_rotary_emb)
-        key = cosine_similarity(key, attn.scale, image_rotary_emb)
+        query, key, value = attn.rotated_qkv(hidden_states, image_rotary_emb)
         return attn.project_out(sliding_window_attention(query, key, value, self.kernel_size, scale=1.0))
 
     def query_key_pairs(self, height: int, width: int) -> int:
@@ -55,9 +50,7 @@ class HDiTAxialAttnProcessor:
     _parallel_config = None
 
     def __call__(self, attn: nn.Module, hidden_states: Tensor, image_rotary_emb=None) -> Tensor:
-        query, key, value = attn.project_qkv(hidden_states)
-        query = cosine_similarity(query, attn.scale, image_rotary_emb)
-        key = cosine_similarity(key, attn.scale, image_rotary_emb)
+        query, key, value = attn.rotated_qkv(hidden_states, image_rotary_emb)
         return attn.project_out(self.attend(query, key, value))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -78,24 +71,7 @@ class HDiTAxialAttnProcessor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Feed-forward and norm of a block
-
-
-class GELUFeedForward(nn.Module):
-    """
-    Map `(..., D)` to `(..., D)` with a GELU that has no gate, as in ViT and DiT. It has the hidden width of GEGLU, and so
-    fewer weights.
-    """
-
-    def __init__(self, dim: int, ff_dim: int, dropout: float = 0.0):
-        super().__init__()
-        self.up_proj = Linear(dim, ff_dim)
-        self.dropout = nn.Dropout(dropout)
-        self.down_proj = Linear(ff_dim, dim)
-        nn.init.zeros_(self.down_proj.weight)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(self.dropout(F.gelu(self.up_proj(hidden_states))))
+# Norm of a block
 
 
 class AdaLayerNorm(nn.Module):
@@ -190,7 +166,9 @@ ABLATION_PROCESSORS = {
     "axial": lambda level, index: HDiTAxialAttnProcessor(),
     "sliding_window": lambda level, index: HDiTSlidingWindowAttnProcessor(level.kernel_size),
 }
-ABLATION_FEED_FORWARDS = {"gelu": GELUFeedForward}
+# The activation of a feed-forward, and how many times its hidden width go in. GELU without a gate, as in ViT and DiT, has
+# the hidden width of GEGLU, and so fewer weights.
+ABLATION_ACTIVATIONS = {"gelu": (F.gelu, 1)}
 ABLATION_NORMS = {"ada_layer_norm": AdaLayerNorm}
 ABLATION_POSITIONS = {"additive": PatchInWithPositions}
 ABLATION_SKIPS = {"add": SplitAndAdd, "concat": SplitAndConcat}

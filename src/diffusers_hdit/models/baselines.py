@@ -19,7 +19,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
 from ..utils.remote_code import CarriesCode, SafeWeights
-from .checks import check_arguments, check_inputs, pair
+from .checks import check_counts, check_inputs, pair
 
 
 # The sinusoidal embeddings of both networks were made for the whole numbers from 0 to 999: their fastest wave turns by
@@ -96,14 +96,7 @@ class PixelBaseline(CarriesCode, SafeWeights, ModelMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """
-        Args:
-            sample (`(B, C, H, W)`): noised image, already multiplied by c_in.
-            timestep (number or `(B,)`): c_noise = ln(sigma) / 4, a real number.
-            class_labels (`(B,)` int64, *optional*): `num_classes` or None mean "no label".
-            augment_cond (`(B, augment_cond_dim)`, *optional*): zeros (not augmented) if not given.
-            mapping_cond (`(B, mapping_cond_dim)`, *optional*): adds nothing if not given.
-            conditioning_image (`(B, conditioning_channels, H, W)`): for a model with conditioning_channels, which needs
-                it.
+        The arguments are those of `HDiTModel.forward`, without `self_cond`.
 
         Returns:
             F, the raw network output, `(B, out_channels, H, W)` in the model's dtype.
@@ -111,8 +104,7 @@ class PixelBaseline(CarriesCode, SafeWeights, ModelMixin, ConfigMixin):
         Raises:
             ValueError: for sizes that do not fit (naming those that do) and conditions of a wrong shape.
         """
-        check_inputs(self.config, sample, class_labels, augment_cond, mapping_cond, conditioning_image)
-        self.check_size(*sample.shape[-2:])
+        check_inputs(self, sample, class_labels, augment_cond, mapping_cond, conditioning_image)
         dtype = self.dtype
         sample = sample.to(dtype)
         # In float32 at least, and never a whole number: bfloat16 or a cast would merge neighbouring noise levels.
@@ -191,12 +183,8 @@ class DiTPixelModel(PixelBaseline):
         conditioning_channels: int = 0,
     ):
         super().__init__()
-        check_arguments(
-            in_channels=in_channels, out_channels=out_channels, patch_size=patch_size, num_layers=num_layers,
-            num_attention_heads=num_attention_heads, attention_head_dim=attention_head_dim, num_classes=num_classes,
-            augment_cond_dim=augment_cond_dim, mapping_cond_dim=mapping_cond_dim,
-            conditioning_channels=conditioning_channels,
-        )  # fmt: skip
+        names = ("in_channels", "out_channels", "num_classes", "patch_size", "num_layers", "num_attention_heads")
+        check_counts(self.config, *names, "attention_head_dim")
         self.sample_size = pair("sample_size", sample_size)
         height, width = self.sample_size
         if height != width or height % patch_size:
@@ -311,12 +299,15 @@ class UNetPixelModel(PixelBaseline):
         conditioning_channels: int = 0,
     ):
         super().__init__()
-        check_arguments(
-            in_channels=in_channels, out_channels=out_channels, layers_per_block=layers_per_block,
-            attention_head_dim=attention_head_dim, norm_num_groups=norm_num_groups, num_classes=num_classes,
-            augment_cond_dim=augment_cond_dim, mapping_cond_dim=mapping_cond_dim,
-            conditioning_channels=conditioning_channels,
-        )  # fmt: skip
+        names = (
+            "in_channels",
+            "out_channels",
+            "num_classes",
+            "layers_per_block",
+            "attention_head_dim",
+            "norm_num_groups",
+        )
+        check_counts(self.config, *names)
         count = len(block_out_channels)
         attention_blocks = [max(count - 2, 0)] if attention_blocks is None else attention_blocks
         check_blocks(block_out_channels, attention_blocks, attention_head_dim, norm_num_groups)

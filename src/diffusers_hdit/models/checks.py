@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -23,7 +23,7 @@ class Level:
     kernel_size: int
     window_size: int
     dropout: float
-    rotary: bool = True
+    position_embedding: str = "rope"
     activation: str = "geglu"
     norm: str = "ada_rms_norm"
 
@@ -32,8 +32,12 @@ class Level:
         """The number of attention heads; 0 for a level without attention."""
         return 0 if self.type == "none" else self.width // self.head_dim
 
-    def check(self, index: int) -> None:
-        where = f"level {index}"
+    @property
+    def rotary(self) -> bool:
+        """Whether there are queries and keys that are rotated."""
+        return self.heads > 0 and self.position_embedding == "rope"
+
+    def check(self, where: str) -> None:
         if self.width < 1 or self.depth < 0 or self.ff_width < 1:
             raise ValueError(
                 f"{where}: width and feed-forward width must be positive and the depth not negative; got width "
@@ -51,25 +55,25 @@ class Level:
             raise ValueError(f"{where}: window_size must be positive, got {self.window_size}.")
 
 
-def resolve_levels(
-    widths,
-    depths,
-    ff_widths,
-    attention_types,
-    attention_head_dim,
-    kernel_size,
-    window_size,
-    dropout,
-    position_embedding="rope",
-    activation="geglu",
-    norm="ada_rms_norm",
-) -> list[Level]:
-    """Fill in the defaults of the per-level arguments of `HDiTModel`; check that lists have one entry per level."""
-    count = len(widths)
+# The arguments of `HDiTModel` that hold for one level each, in the order of the fields of `Level`.
+LEVEL_ARGUMENTS = (
+    "widths", "depths", "ff_widths", "attention_types", "attention_head_dim", "kernel_size", "window_size", "dropout",
+    "position_embedding", "activation", "norm",
+)  # fmt: skip
+
+
+def resolve_levels(config: Mapping, allowed_types: Sequence[str]) -> list[Level]:
+    """Fill in the defaults of the per-level arguments of `HDiTModel`, and check them against each other."""
+    widths, count = config["widths"], len(config["widths"])
     if count == 0:
         raise ValueError("widths is empty; a model needs at least one level.")
+    defaults = {
+        "ff_widths": [3 * width for width in widths],
+        "attention_types": ["neighborhood"] * (count - 1) + ["global"],
+    }
 
-    def per_level(name: str, value) -> list:
+    def per_level(name: str) -> list:
+        value = defaults[name] if config[name] is None else config[name]
         if not isinstance(value, (list, tuple)):
             return [value] * count
         if len(value) != count:
@@ -79,36 +83,20 @@ def resolve_levels(
             )
         return list(value)
 
-    columns = {
-        "widths": widths,
-        "depths": depths,
-        "ff_widths": [3 * width for width in widths] if ff_widths is None else ff_widths,
-        "attention_types": ["neighborhood"] * (count - 1) + ["global"] if attention_types is None else attention_types,
-        "attention_head_dim": attention_head_dim,
-        "kernel_size": kernel_size,
-        "window_size": window_size,
-        "dropout": dropout,
-        "rotary": position_embedding == "rope",
-        "activation": activation,
-        "norm": norm,
-    }
-    return [Level(*row) for row in zip(*(per_level(name, value) for name, value in columns.items()), strict=True)]
-
-
-def check_levels(levels: Sequence[Level], allowed_types: Sequence[str]) -> None:
-    """Check each level by itself; `allowed_types` are the attention types that exist."""
+    levels = [Level(*row) for row in zip(*map(per_level, LEVEL_ARGUMENTS), strict=True)]
     for i, level in enumerate(levels):
         check_choice(f"attention_types[{i}]", level.type, allowed_types)
-        level.check(i)
+        level.check(f"level {i}")
+    return levels
 
 
-def check_design_choices(levels: Sequence[Level], allowed: Mapping[str, Sequence], **choices: str | bool) -> None:
+def check_design_choices(config: Mapping, levels: Sequence[Level], allowed: Mapping[str, Sequence]) -> None:
     """Check that the choices exist, and that they are about something that the model has."""
-    for name, value in choices.items():
-        check_choice(name, value, allowed[name])
-    if len(levels) == 1 and choices["skip"] != "lerp":
-        raise ValueError(f"skip={choices['skip']!r} was given, but a model of one level has no skips. Leave it out.")
-    if choices["position_embedding"] == "none" and not any(level.heads for level in levels):
+    for name, choices in allowed.items():
+        check_choice(name, config[name], choices)
+    if len(levels) == 1 and config["skip"] != "lerp":
+        raise ValueError(f"skip={config['skip']!r} was given, but a model of one level has no skips. Leave it out.")
+    if config["position_embedding"] == "none" and not any(level.heads for level in levels):
         raise ValueError(
             "position_embedding='none' leaves out the rotations of queries and keys, but no level of this model has "
             "attention. Leave it out, or give a level another attention type."
@@ -120,12 +108,12 @@ def check_choice(name: str, value: str | bool, allowed: Sequence) -> None:
         raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}.")
 
 
-def check_arguments(**arguments: int | None) -> None:
-    """Check that all arguments that are given are at least 1; what a model can be without may be 0."""
-    for name, value in arguments.items():
-        least = 0 if name in ("augment_cond_dim", "mapping_cond_dim", "conditioning_channels") else 1
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}.")
+def check_counts(config: Mapping, *names: str) -> None:
+    """Check that the arguments `names`, where they are not None, are at least 1, and those that a network can lack 0."""
+    for name in (*names, "augment_cond_dim", "mapping_cond_dim", "conditioning_channels"):
+        least = 1 if name in names else 0
+        if config[name] is not None and config[name] < least:
+            raise ValueError(f"{name} must be at least {least}, got {config[name]}.")
 
 
 def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -141,7 +129,7 @@ def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def check_inputs(
-    config: Mapping,
+    model: nn.Module,
     sample: Tensor,
     class_labels: Tensor | None,
     augment_cond: Tensor | None,
@@ -149,10 +137,12 @@ def check_inputs(
     conditioning_image: Tensor | None,
 ) -> None:
     """Check the shapes of a network's inputs, and the values of the labels, against its configuration."""
+    config = model.config
     if sample.ndim != 4 or sample.shape[1] != config["in_channels"]:
         raise ValueError(
             f"sample must have shape (batch, {config['in_channels']}, height, width), got {tuple(sample.shape)}."
         )
+    model.check_size(*sample.shape[-2:])
     batch, channels = len(sample), config["conditioning_channels"]
     expected = (batch, channels, *sample.shape[-2:]) if channels else None
     given = None if conditioning_image is None else tuple(conditioning_image.shape)

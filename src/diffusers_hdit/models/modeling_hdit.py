@@ -32,7 +32,7 @@ from ..ops.neighborhood import BACKENDS, cosine_neighborhood_attention, unavaila
 from ..ops.plans import plan
 from ..utils.remote_code import CarriesCode, SafeWeights, package_module
 from .ablations import (
-    ABLATION_FEED_FORWARDS,
+    ABLATION_ACTIVATIONS,
     ABLATION_NORMS,
     ABLATION_POSITIONS,
     ABLATION_PROCESSORS,
@@ -41,16 +41,11 @@ from .ablations import (
     HDiTSlidingWindowAttnProcessor,
     PatchInWithPositions,
 )
-from .checks import (
-    Level,
-    check_arguments,
-    check_design_choices,
-    check_inputs,
-    check_levels,
-    check_self_cond,
-    pair,
-    resolve_levels,
-)
+from .checks import Level, check_counts, check_design_choices, check_inputs, check_self_cond, pair, resolve_levels
+
+
+# Cosines and sines of the angles that queries and keys are rotated by, `(h, w, n, d/4)` each; None without RoPE.
+RotaryTables = tuple[Tensor, Tensor] | None
 
 
 @dataclass
@@ -184,17 +179,22 @@ def hourglass_rotary_tables(
 # Feed-forward and norms
 
 
-class HDiTFeedForward(nn.Module):
-    """Map `(..., D)` to `(..., D)` with a GEGLU; the last projection is zero at initialization."""
+# Each activation with how many times the hidden width of the feed-forward go into it.
+ACTIVATIONS = {"geglu": (geglu, 2), **ABLATION_ACTIVATIONS}
 
-    def __init__(self, dim: int, ff_dim: int, dropout: float = 0.0):
+
+class HDiTFeedForward(nn.Module):
+    """Map `(..., D)` to `(..., D)`, by default with a GEGLU; the last projection is zero at initialization."""
+
+    def __init__(self, dim: int, ff_dim: int, dropout: float = 0.0, activation: str = "geglu"):
         super().__init__()
-        self.up_proj = Linear(dim, 2 * ff_dim)
+        self.activation, inputs = ACTIVATIONS[activation]
+        self.up_proj = Linear(dim, inputs * ff_dim)
         self.dropout = nn.Dropout(dropout)
         self.down_proj = zero_init(Linear(ff_dim, dim))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(self.dropout(geglu(self.up_proj(hidden_states))))
+        return self.down_proj(self.dropout(self.activation(self.up_proj(hidden_states))))
 
 
 class RMSNorm(nn.Module):
@@ -330,12 +330,8 @@ class HDiTAttnProcessor:
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(
-        self, attn: "HDiTAttention", hidden_states: Tensor, image_rotary_emb: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        query, key, value = attn.project_qkv(hidden_states)
-        query = cosine_similarity(query, attn.scale, image_rotary_emb)
-        key = cosine_similarity(key, attn.scale, image_rotary_emb)
+    def __call__(self, attn: "HDiTAttention", hidden_states: Tensor, image_rotary_emb: RotaryTables = None) -> Tensor:
+        query, key, value = attn.rotated_qkv(hidden_states, image_rotary_emb)
         query, key, value = (x.flatten(1, 2) for x in (query, key, value))
         out = dispatch_attention_fn(
             query, key, value, scale=1.0, backend=self._attention_backend, parallel_config=self._parallel_config
@@ -360,9 +356,7 @@ class HDiTNeighborhoodAttnProcessor:
     def __init__(self, kernel_size: int, backend: str = "auto"):
         self.kernel_size, self.backend = kernel_size, backend
 
-    def __call__(
-        self, attn: "HDiTAttention", hidden_states: Tensor, image_rotary_emb: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def __call__(self, attn: "HDiTAttention", hidden_states: Tensor, image_rotary_emb: RotaryTables = None) -> Tensor:
         query, key, value = attn.project_qkv(hidden_states)
         # Some kernels normalize and rotate queries and keys as they load them.
         out = cosine_neighborhood_attention(
@@ -385,12 +379,8 @@ class HDiTShiftedWindowAttnProcessor:
     def __init__(self, window_size: int, shift: int):
         self.window_size, self.shift = window_size, shift
 
-    def __call__(
-        self, attn: "HDiTAttention", hidden_states: Tensor, image_rotary_emb: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        query, key, value = attn.project_qkv(hidden_states)
-        query = cosine_similarity(query, attn.scale, image_rotary_emb)
-        key = cosine_similarity(key, attn.scale, image_rotary_emb)
+    def __call__(self, attn: "HDiTAttention", hidden_states: Tensor, image_rotary_emb: RotaryTables = None) -> Tensor:
+        query, key, value = attn.rotated_qkv(hidden_states, image_rotary_emb)
         return attn.project_out(self.attend(query, key, value))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -453,7 +443,7 @@ class HDiTAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([zero_init(Linear(dim, dim))])
         self.set_processor(processor or self._default_processor_cls())
 
-    def forward(self, hidden_states: Tensor, image_rotary_emb: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, image_rotary_emb: RotaryTables = None) -> Tensor:
         return self.processor(self, hidden_states, image_rotary_emb)
 
     def project_qkv(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -463,6 +453,12 @@ class HDiTAttention(nn.Module, AttentionModuleMixin):
         else:
             projected = (self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states))
         return tuple(x.unflatten(-1, (-1, self.head_dim)) for x in projected)
+
+    def rotated_qkv(self, hidden_states: Tensor, image_rotary_emb: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the same, with queries and keys normalized to the length sqrt(scale) and rotated by their position."""
+        query, key, value = self.project_qkv(hidden_states)
+        query = cosine_similarity(query, self.scale, image_rotary_emb)
+        return query, cosine_similarity(key, self.scale, image_rotary_emb), value
 
     def project_out(self, out: Tensor) -> Tensor:
         """Map what the heads computed, `(B, h, w, n, d)`, to the width of the level."""
@@ -483,7 +479,6 @@ ATTENTION_PROCESSORS = {
     "none": None,  # blocks of a feed-forward only
     **ABLATION_PROCESSORS,
 }
-FEED_FORWARDS = {"geglu": HDiTFeedForward, **ABLATION_FEED_FORWARDS}
 NORMS = {"ada_rms_norm": AdaRMSNorm, **ABLATION_NORMS}
 
 
@@ -497,7 +492,7 @@ SKIPS = {"lerp": TokenSplitWithSkip, **{name: split_then(cls) for name, cls in A
 DESIGN_CHOICES = {
     "position_embedding": ("rope", *ABLATION_POSITIONS, "none"),
     "skip": tuple(SKIPS),
-    "activation": tuple(FEED_FORWARDS),
+    "activation": tuple(ACTIVATIONS),
     "norm": tuple(NORMS),
     "self_conditioning": (False, True),
 }
@@ -516,11 +511,9 @@ class HDiTTransformerBlock(nn.Module):
         self.norm1 = NORMS[level.norm](level.width, cond_dim)
         self.attn = HDiTAttention(level.width, level.head_dim, level.dropout, processor)
         self.norm2 = NORMS[level.norm](level.width, cond_dim)
-        self.ff = FEED_FORWARDS[level.activation](level.width, level.ff_width, level.dropout)
+        self.ff = HDiTFeedForward(level.width, level.ff_width, level.dropout, level.activation)
 
-    def forward(
-        self, hidden_states: Tensor, temb: Tensor, image_rotary_emb: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, temb: Tensor, image_rotary_emb: RotaryTables = None) -> Tensor:
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states, temb), image_rotary_emb)
         return hidden_states + self.ff(self.norm2(hidden_states, temb))
 
@@ -531,7 +524,7 @@ class HDiTFeedForwardBlock(nn.Module):
     def __init__(self, level: Level, cond_dim: int, index: int):
         super().__init__()
         self.norm2 = NORMS[level.norm](level.width, cond_dim)
-        self.ff = FEED_FORWARDS[level.activation](level.width, level.ff_width, level.dropout)
+        self.ff = HDiTFeedForward(level.width, level.ff_width, level.dropout, level.activation)
 
     def forward(self, hidden_states: Tensor, temb: Tensor, image_rotary_emb: None = None) -> Tensor:
         return hidden_states + self.ff(self.norm2(hidden_states, temb))
@@ -552,7 +545,7 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, AttentionMixin, ConfigMixi
     The Hourglass Diffusion Transformer: a transformer in the shape of a U-Net that denoises images in pixel space.
 
     Levels are listed from the outermost to the innermost; `depths=(2, 2, 4)` means 2 + 2 + 4 + 2 + 2 blocks. Arguments
-    that are given as one value hold for every level; a list has one entry a level.
+    that are given as one value hold for every level; a list has one entry per level.
 
     Args:
         sample_size (`int` or `(int, int)`): height and width in pixels of the images the model is trained on.
@@ -578,7 +571,8 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, AttentionMixin, ConfigMixi
             upscaled; 0 for none.
         position_embedding (`str`): "rope"; "additive", learned vectors that are added to the outermost tokens, resampled
             for sizes other than sample_size; or "none".
-        skip (`str`): how a skip meets what comes up: "lerp", "add" or "concat" (and a linear map back to the width).
+        skip (`str`): how a skip and the inner level's output are merged: "lerp", "add" or "concat" (and a linear map back
+            to the width).
         activation (`str`): "geglu" or "gelu" in the feed-forwards of the blocks; the mapping network has GEGLU always.
         norm (`str`): "ada_rms_norm" or "ada_layer_norm" in the blocks.
         self_conditioning (`bool`): whether the network also sees an earlier estimate of the clean image (Chen et al. 2022,
@@ -589,8 +583,8 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, AttentionMixin, ConfigMixi
     ablations (see `ablations.py`); the defaults are the paper's.
 
     Raises:
-        ValueError: for lists of different lengths, unknown attention types, and sizes that do not fit each other; for
-            unknown parts, and those of which the model has none (skips between the levels of a model of one level).
+        ValueError: for lists of different lengths, sizes that do not fit each other, unknown design choices, and choices
+            about something that the model does not have (skips between the levels of a model of one level).
     """
 
     # config.json then says which file Diffusers' AutoModel finds this class in.
@@ -635,33 +629,10 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, AttentionMixin, ConfigMixi
         position_size: int | tuple[int, int] | None = None,
     ):
         super().__init__()
-        self.levels = resolve_levels(
-            widths,
-            depths,
-            ff_widths,
-            attention_types,
-            attention_head_dim,
-            kernel_size,
-            window_size,
-            dropout,
-            position_embedding,
-            activation,
-            norm,
-        )
-        check_levels(self.levels, tuple(ATTENTION_PROCESSORS))
-        check_design_choices(
-            self.levels,
-            DESIGN_CHOICES,
-            position_embedding=position_embedding,
-            skip=skip,
-            activation=activation,
-            norm=norm,
-            self_conditioning=self_conditioning,
-        )
+        self.levels = resolve_levels(self.config, tuple(ATTENTION_PROCESSORS))
+        check_design_choices(self.config, self.levels, DESIGN_CHOICES)
         self.patch_size = pair("patch_size", patch_size)
-        check_arguments(in_channels=in_channels, mapping_width=mapping_width, num_classes=num_classes)
-        if conditioning_channels < 0:
-            raise ValueError(f"conditioning_channels must not be negative, got {conditioning_channels}.")
+        check_counts(self.config, "in_channels", "mapping_width", "num_classes")
         if self_conditioning and out_channels not in (None, in_channels):
             raise ValueError(
                 "self_conditioning=True shows the network its own output, which must then be an image like its input; got "
@@ -737,8 +708,7 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, AttentionMixin, ConfigMixi
         Raises:
             ValueError: for sizes that do not fit (naming the nearest that do) and conditions of a wrong shape.
         """
-        check_inputs(self.config, sample, class_labels, augment_cond, mapping_cond, conditioning_image)
-        self.check_size(*sample.shape[-2:])
+        check_inputs(self, sample, class_labels, augment_cond, mapping_cond, conditioning_image)
         dtype = self.dtype
 
         images = self.join_images(sample, conditioning_image, self_cond)
@@ -783,12 +753,12 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, AttentionMixin, ConfigMixi
 
     def rotary_tables(self, height: int, width: int, like: Tensor) -> list[tuple[Tensor, Tensor] | None]:
         """Return one pair of tables for each level, for height × width outermost tokens; None for a level without RoPE."""
-        heads = tuple((level.heads, level.head_dim) if level.heads and level.rotary else None for level in self.levels)
+        heads = tuple((level.heads, level.head_dim) if level.rotary else None for level in self.levels)
         return plan(hourglass_rotary_tables, like, height, width, self.tokens_across, heads, like.device)
 
     @property
     def size_rule(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """What height and width in pixels must be multiples of, and their least values; (height, width) each."""
+        """The numbers that height and width in pixels must be multiples of, and their minima; (height, width) each."""
         divisors, least = [], []
         for patch in self.patch_size:
             divisor, smallest = 1, 1
@@ -801,7 +771,7 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, AttentionMixin, ConfigMixi
         return tuple(divisors), tuple(least)
 
     def check_size(self, height: int, width: int) -> None:
-        """Raises ValueError unless images of height × width pixels fit all levels."""
+        """Raise ValueError unless images of height × width pixels fit all levels."""
         problems = []
         for name, size, divisor, smallest in zip(("height", "width"), (height, width), *self.size_rule, strict=True):
             if size % divisor or size < smallest:
@@ -816,7 +786,7 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, AttentionMixin, ConfigMixi
 
     def set_position_size(self, size: int | tuple[int, int] | None) -> None:
         """
-        Where the tokens of an image of another size than the trained one are. It is part of the saved configuration.
+        Choose the positions of the tokens of images of other sizes than the trained one; saved in the configuration.
 
         Args:
             size: None (the paper's): every image fills [-1, 1], so that larger ones have their tokens closer together.
@@ -828,7 +798,7 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, AttentionMixin, ConfigMixi
             ValueError: for a model without positions, and for another size than `sample_size` with additive ones.
         """
         additive = isinstance(self.patch_in, PatchInWithPositions)
-        rotary = any(level.heads and level.rotary for level in self.levels)
+        rotary = any(level.rotary for level in self.levels)
         if size is not None and not (additive or rotary):
             raise ValueError(f"position_size={size} was given, but this model has no positions. Leave it out.")
         if size is not None and additive and pair("position_size", size) != self.sample_size:
@@ -844,8 +814,8 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, AttentionMixin, ConfigMixi
 
     def set_gradient_checkpointing_levels(self, levels: Sequence[int]) -> None:
         """
-        Recomputes only these levels' blocks in the backward pass (0 is the outermost, where most of the memory goes);
-        an empty list recomputes none. `enable_gradient_checkpointing()` is for all levels.
+        Recompute only these levels' blocks in the backward pass (0 is the outermost, which takes most of the memory); an
+        empty list recomputes none. `enable_gradient_checkpointing()` is for all levels.
 
         Raises:
             ValueError: for a level that the model does not have.
@@ -924,6 +894,6 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, AttentionMixin, ConfigMixi
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """What `from_pretrained(torch_dtype=dtype)` does: parameters are cast, the fixed Fourier projections are not."""
+    """Cast as `from_pretrained(dtype=dtype)` does: the parameters, but not the fixed Fourier projections."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
