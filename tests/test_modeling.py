@@ -212,6 +212,8 @@ def test_compile_without_a_graph_break(make_model, types):
     args = (*inputs(), torch.tensor([0, 2]))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(graph break|lru_cache).*")
+        # Not ours: old versions of Diffusers look up PyTorch's version in `dispatch_attention_fn`.
+        warnings.filterwarnings("ignore", message="(?s).*lru_cache.*attention_dispatch.py")
         assert relative_error(compiled(*args).sample, model(*args).sample) < 1e-5
     expected = gradients(model.train(), *args)
     for name, grad in gradients(compiled, *args).items():
