@@ -214,7 +214,7 @@ def open_loader(run: Run):
         num_workers=args.dataloader_num_workers,
         pin_memory=run.accelerator.device.type == "cuda",
     )
-    run.order = loader.batch_sampler.order
+    run.order = loader.batch_sampler.fingerprint
     return loader
 
 

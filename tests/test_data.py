@@ -411,7 +411,7 @@ def test_metadata_and_folders_of_classes(tmp_path):
     assert dataset.id2label == {0: "x", 1: "y"} and dataset.condition_columns["mean"] == [1.5]
     (folder / "metadata.csv").write_text("file_name,label\nx/1.png,10\ny/2.png,9\n")
     dataset = load_images(train_data_dir=folder, resolution=12, label_column="label")
-    assert [dataset[i]["label"] for i in range(2)] == [10, 9] and len(dataset.id2label) == 11
+    assert [dataset[i]["label"] for i in range(2)] == [1, 0] and dataset.id2label == {0: "9", 1: "10"}
 
 
 def test_conditions_of_a_dataset(tmp_path):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .. import diffusion
-from ..data.dataset import mixed_seed, to_float
+from ..data.transforms import to_float
 from ..evaluation.profiler import profile_network
 from ..hub.model_card import TrainingFacts
 from ..hub.push import BackgroundPush
@@ -33,6 +33,7 @@ from ..pipelines.pipeline_hdit import HDiTPipeline
 from ..pipelines.pipeline_hdit_upscale import HDiTUpscalePipeline
 from ..pipelines.upscaling import downscale, training_conditioning
 from ..schedulers.scheduling_edm import DPMSolverPP3MSDEScheduler, EDMHeunScheduler
+from ..utils.seeding import mixed_seed
 from . import checkpointing as checkpoints
 from .augmentation import augment, on
 

@@ -10,7 +10,7 @@ import torch
 from data_files import folder_of, load_one, picture
 from PIL import Image
 
-from diffusers_hdit.data import transforms as pixels
+from diffusers_hdit.data import transforms
 from diffusers_hdit.data.dataset import load_images, to_float
 
 
@@ -177,7 +177,7 @@ def test_tif_that_pil_cannot_read(tmp_path):
     ):
         load_images(train_data_dir=tmp_path / "one", resolution=2, in_channels=5)
     with pytest.raises(ValueError, match="PIL cannot read this kind of TIFF"):
-        pixels.decode(io.BytesIO((tmp_path / "one" / "five.tif").read_bytes()))
+        transforms.decode(io.BytesIO((tmp_path / "one" / "five.tif").read_bytes()))
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.webp"])
@@ -280,8 +280,8 @@ def lanczos(image, size):
 def test_scaling_is_lanczos(tmp_path, size, target):
     image = faint(size=size[::-1])
     found = load_one(tmp_path, image, resolution=target, center_crop=True).permute(1, 2, 0).numpy()
-    cover = pixels.cover_size(size, target)
-    top, left = pixels.crop_place(cover, target, (0.5, 0.5))
+    cover = transforms.cover_size(size, target)
+    top, left = transforms.crop_offset(cover, target, (0.5, 0.5))
     expected = lanczos(np.asarray(image).astype(np.float64), cover)[top : top + target[0], left : left + target[1]]
     # Pixels are rounded between the two directions, by at most 0.5, and at the end; weights sum up to 1.5 at most.
     assert np.abs(found - expected).max() < 1.3 and np.abs(found - expected).mean() < 0.5
@@ -292,13 +292,13 @@ def test_a_window_of_the_whole_is_the_window(tmp_path):
     rng, checked = np.random.default_rng(0), 0
     while checked < 40:
         size, target = tuple(rng.integers(20, 1200, 2).tolist()), tuple(rng.integers(8, 90, 2).tolist())
-        cover = pixels.cover_size(size, target)
+        cover = transforms.cover_size(size, target)
         if cover[0] * cover[1] > 4 * target[0] * target[1]:
             continue
         image = picture(checked, size[::-1])
-        whole = pixels.scale(image, size, target, (0, 0, *cover))
-        top, left = pixels.crop_place(cover, target, tuple(rng.random(2)))
-        window = pixels.scale(image, size, target, (top, left, *target))
+        whole = transforms.scale(image, size, target, (0, 0, *cover))
+        top, left = transforms.crop_offset(cover, target, tuple(rng.random(2)))
+        window = transforms.scale(image, size, target, (top, left, *target))
         assert np.array_equal(window, whole[:, top : top + target[0], left : left + target[1]]), (size, target)
         checked += 1
 
@@ -311,10 +311,10 @@ def test_large_images_are_decoded_smaller(tmp_path):
     for name in ("a.jpg", "a.png"):
         path = tmp_path / name
         smooth.save(path, quality=95, subsampling=0)
-        decoded = pixels.decode(path, (50, 80))
+        decoded = transforms.decode(path, (50, 80))
         assert decoded.size == (500, 800)
         assert decoded.pixels.size == ((200, 125) if name == "a.jpg" else (800, 500))
-        found = pixels.prepare(decoded, (50, 80), 3, "uint8", (0, 0)).permute(1, 2, 0).numpy()
+        found = transforms.prepare(decoded, (50, 80), 3, "uint8", (0, 0)).permute(1, 2, 0).numpy()
         assert np.abs(found - expected).max() < 8 and np.abs(found - expected).mean() < 1
 
 
@@ -322,11 +322,11 @@ def test_orientation_and_smaller_decoding(tmp_path):
     image = Image.new("RGB", (801, 403), "red")
     image.paste("blue", (0, 0, 400, 403))
     exif = Image.Exif()
-    exif[274] = 6  # to be turned clockwise: blue on top
+    exif[274] = 6  # to be rotated clockwise: blue on top
     image.save(tmp_path / "a.jpg", exif=exif)
-    decoded = pixels.decode(tmp_path / "a.jpg", (80, 40))
+    decoded = transforms.decode(tmp_path / "a.jpg", (80, 40))
     assert decoded.size == (801, 403) and decoded.pixels.size == (101, 201)
-    found = pixels.prepare(decoded, (80, 40), 3, "uint8", (0, 0))
+    found = transforms.prepare(decoded, (80, 40), 3, "uint8", (0, 0))
     assert (found[2, 5] > 245).all() and (found[0, -5] > 245).all()
 
 
@@ -334,11 +334,11 @@ def test_any_size_makes_the_resolution():
     """Rounding never puts the box outside the image, and a very long image takes no more memory than another."""
     for h, w in itertools.product((1, 2, 3, 7, 13, 29, 97), repeat=2):
         for crop in ((0, 0), (1, 1), (0.7, 0.2)):
-            decoded = pixels.Decoded(Image.new("RGB", (w, h), "red"), (h, w))
-            found = pixels.prepare(decoded, (7, 13), 3, "uint8", crop)
+            decoded = transforms.Decoded(Image.new("RGB", (w, h), "red"), (h, w))
+            found = transforms.prepare(decoded, (7, 13), 3, "uint8", crop)
             assert found.shape == (3, 7, 13) and found[0].unique().tolist() == [255]
-    decoded = pixels.Decoded(Image.new("L", (1, 60000), 9), (60000, 1))
-    assert pixels.prepare(decoded, (7, 13), 3, "uint8", (0.5, 0.5)).unique().tolist() == [9]
+    decoded = transforms.Decoded(Image.new("L", (1, 60000), 9), (60000, 1))
+    assert transforms.prepare(decoded, (7, 13), 3, "uint8", (0.5, 0.5)).unique().tolist() == [9]
 
 
 def test_small_images_are_counted(tmp_path):
