@@ -13,9 +13,8 @@ import platform
 import torch
 from measure import Bench
 
-from diffusers_hdit.models.configuration_hdit import resolve_levels
-from diffusers_hdit.models.modeling_hdit import make_blocks
-from diffusers_hdit.ops.cosine import axial_positions, axial_rotary_tables
+from diffusers_hdit.models.checks import Level
+from diffusers_hdit.models.modeling_hdit import axial_positions, axial_rotary_tables, make_blocks
 from diffusers_hdit.utils.memory import keep_freed_memory
 
 
@@ -56,7 +55,7 @@ def main() -> None:
     grids = [(side, side), (side, 2 * side), (2 * side, 2 * side)]
     print(f"{'':<34}{'':>12}{'median ms (spread of the middle half)':>38}{'of the smallest':>18}")
     for kind in args.kinds:
-        level = resolve_levels([args.width], [args.depth], None, [kind], 64, 7, 8, 0.0)[0]
+        level = Level(args.width, args.depth, 3 * args.width, kind, 64, 7, 8, 0.0)
         for train in (False, True):
             calls = {grid: call_of(level, grid, conditioning, device, train) for grid in grids}
             samples = bench.turns(calls)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from measure import Bench, Table, copy_bandwidth, matmul_rate
@@ -47,9 +48,12 @@ def block_parts(model: HDiTModel, level: int, batch: int) -> list[Part]:
         return cosine_similarity(query, attn.scale, rotary), cosine_similarity(key, attn.scale, rotary)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *_) -> Tensor:
-        return attn.kind(query, key, value, attn.scale, rotary)
+        attention_only = SimpleNamespace(
+            project_qkv=lambda _: (query, key, value), project_out=lambda out: out, scale=attn.scale
+        )
+        return attn.processor(attention_only, query, rotary)
 
-    pairs = batch * attn.kind.query_key_pairs(height, width)
+    pairs = batch * attn.processor.query_key_pairs(height, width)
     parts = [
         Part("first norm", lambda value, *_: block.norm1(value, cond), [x, block.norm1.linear.weight]),
         Part("q, k, v", project, [x, *projections], tokens * sum(weight.numel() for weight in projections)),

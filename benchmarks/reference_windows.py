@@ -16,8 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusers_hdit import HDiTModel
-from diffusers_hdit.models.modeling_hdit import ShiftedWindowAttention
-from diffusers_hdit.ops.cosine import EPS, axial_positions, axial_rotary_frequencies
+from diffusers_hdit.models.modeling_hdit import (
+    HDiTShiftedWindowAttnProcessor,
+    axial_positions,
+    axial_rotary_frequencies,
+)
+from diffusers_hdit.ops.cosine import EPS
 
 
 def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
@@ -92,8 +96,8 @@ class ReferenceBlock(nn.Module):
     def __init__(self, block: nn.Module):
         super().__init__()
         attn, ff, self.head_dim = block.attn, block.ff, block.attn.head_dim
-        kind = attn.kind
-        self.window = (kind.window_size, kind.shift) if isinstance(kind, ShiftedWindowAttention) else None
+        shifted = isinstance(attn.processor, HDiTShiftedWindowAttnProcessor)
+        self.window = (attn.processor.window_size, attn.processor.shift) if shifted else None
         weights = {
             "norm1": block.norm1.linear.weight,
             "qkv": torch.cat((attn.to_q.weight, attn.to_k.weight, attn.to_v.weight)),

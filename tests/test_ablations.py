@@ -13,12 +13,12 @@ from diffusers_hdit import HDiTModel, HDiTPipeline
 from diffusers_hdit.evaluation.profiler import profile_model
 from diffusers_hdit.models.ablations import (
     AdaLayerNorm,
-    AxialAttention,
-    GELUFeedForward,
-    SlidingWindowAttention,
+    HDiTAxialAttnProcessor,
+    HDiTSlidingWindowAttnProcessor,
     SplitAndAdd,
     SplitAndConcat,
 )
+from diffusers_hdit.models.modeling_hdit import HDiTFeedForward
 from diffusers_hdit.ops.compiled import formulas
 from diffusers_hdit.ops.neighborhood import (
     _axis_halos,
@@ -141,7 +141,7 @@ def test_axial_against_dense_float64(dtype, tolerance):
     def reference(query, key, value):
         return masked_attention(query, key, masked_attention(query, key, value, same_row), same_column)
 
-    found = value_and_gradients(AxialAttention().attend, *attention_inputs(*grid, dtype))
+    found = value_and_gradients(HDiTAxialAttnProcessor().attend, *attention_inputs(*grid, dtype))
     expected = value_and_gradients(reference, *(x.double() for x in attention_inputs(*grid, dtype)))
     for value, target in zip(found, expected, strict=True):
         assert relative_error(value, target) < tolerance
@@ -188,7 +188,7 @@ def test_additive_positions_are_resampled_for_other_sizes():
 def test_gelu_and_layer_norm_formulas():
     torch.manual_seed(0)
     x, cond = torch.randn(2, 3, 4, 8, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
-    feed_forward = randomize(GELUFeedForward(8, 12)).double()
+    feed_forward = randomize(HDiTFeedForward(8, 12, activation="gelu")).double()
     hidden = x @ feed_forward.up_proj.weight.T
     gelu = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
     torch.testing.assert_close(feed_forward(x), gelu @ feed_forward.down_proj.weight.T)
@@ -374,7 +374,7 @@ def test_profile_of_activation_memory_is_what_autograd_keeps(axis):
 
 @pytest.mark.parametrize(("grid", "kernel"), [((5, 9), 3), ((4, 4), 9), ((8, 6), 7)])
 def test_pairs_of_the_sliding_window(grid, kernel):
-    assert SlidingWindowAttention(kernel).query_key_pairs(*grid) == window(*grid, kernel, kernel).sum()
+    assert HDiTSlidingWindowAttnProcessor(kernel).query_key_pairs(*grid) == window(*grid, kernel, kernel).sum()
 
 
 @pytest.mark.parametrize("axis", AXES, ids=str)

@@ -10,7 +10,7 @@ from diffusers import EDMDPMSolverMultistepScheduler
 from running import RESEARCH, load_example, run, start
 
 from diffusers_hdit import HDiTModel, HDiTPipeline
-from diffusers_hdit.ops.cosine import axial_positions
+from diffusers_hdit.models.modeling_hdit import axial_positions
 
 
 TINY = {**SMALL, "sample_size": 16, "widths": (16, 16), "depths": (1, 1), "augment_cond_dim": 0}

@@ -21,9 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import presets
-from .models.configuration_hdit import PARTS
-from .models.modeling_hdit import HDiTModel, cast_parameters
-from .ops.cosine import axial_rotary_frequencies
+from .models.modeling_hdit import DESIGN_CHOICES, HDiTModel, axial_rotary_frequencies, cast_parameters
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -98,7 +96,11 @@ def reference_config(model: HDiTModel, scheduler_config: Mapping, original: dict
             "the reference has no such network: it needs augment_cond_dim=9 and as many output as input channels; this "
             f"model has augment_cond_dim={model.config.augment_cond_dim}, {inputs} input channels, out_channels={out_channels}."
         )
-    other = [f"{name}={model.config[name]!r}" for name, choices in PARTS.items() if model.config[name] != choices[0]]
+    other = [
+        f"{name}={model.config[name]!r}"
+        for name, choices in DESIGN_CHOICES.items()
+        if model.config[name] != choices[0]
+    ]
     if model.config.position_size is not None:
         other.append(f"position_size={model.config.position_size}")
     reference_types = {ours: name for name, ours in ATTENTION_TYPES.items()}
@@ -107,7 +109,7 @@ def reference_config(model: HDiTModel, scheduler_config: Mapping, original: dict
         raise ValueError(
             f"the reference has no such network: it does not know {', '.join(dict.fromkeys(other))}. Only models with "
             f"the paper's parts can be written: attention types {', '.join(map(repr, reference_types))}, and "
-            f"{', '.join(f'{name}={choices[0]!r}' for name, choices in PARTS.items())}."
+            f"{', '.join(f'{name}={choices[0]!r}' for name, choices in DESIGN_CHOICES.items())}."
         )
     config = copy.deepcopy(original or {})
     sample_size = model.config.sample_size

@@ -129,7 +129,7 @@ def _profile(model: HDiTModel, resolution: int | tuple[int, int] | None) -> Mode
             row.macs += module.weight.numel() * tokens
         if isinstance(module, HDiTAttention):
             # Scores, and their product with the values.
-            macs = 2 * module.kind.query_key_pairs(*grids[level]) * module.to_q.out_features
+            macs = 2 * module.processor.query_key_pairs(*grids[level]) * module.to_q.out_features
             row.macs += macs
             row.attention_macs += macs
     return ModelProfile([*rows, between, conditioning], activation_bytes(model, height, width))

@@ -17,8 +17,7 @@ import yaml
 
 from ..evaluation.profiler import ModelProfile, profile_network
 from ..models.baselines import DiTPixelModel, UNetPixelModel
-from ..models.configuration_hdit import PARTS
-from ..models.modeling_hdit import HDiTModel
+from ..models.modeling_hdit import DESIGN_CHOICES, HDiTModel
 from ..models.networks import network_class
 
 
@@ -256,7 +255,9 @@ def model_table(config: dict, scheduler_config: dict, classes: dict[int, str]) -
         rows.append(("vector condition", f"{config['mapping_cond_dim']} numbers"))
     if config.get("conditioning_channels"):
         rows.append(("conditioning image", f"{config['conditioning_channels']} channels"))
-    exchanged = [f"{name}={config[name]!r}" for name, (paper, *_) in PARTS.items() if config.get(name, paper) != paper]
+    exchanged = [
+        f"{name}={config[name]!r}" for name, (paper, *_) in DESIGN_CHOICES.items() if config.get(name, paper) != paper
+    ]
     if exchanged:
         rows.append(("not as in the paper", ", ".join(exchanged)))
     lines = ["## Model", "", *table(("", ""), rows), ""]

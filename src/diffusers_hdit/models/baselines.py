@@ -18,9 +18,8 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
-from ..utils.remote_code import CarriesCode, SafeWeights
-from .conditions import check_class_labels, check_conditioning_image, check_vector
-from .configuration_hdit import pair
+from ..utils.remote_code import RemoteCodeMixin, SafeWeights
+from .checks import check_counts, check_inputs, pair
 
 
 # The sinusoidal embeddings of both networks were made for the whole numbers from 0 to 999: their fastest wave turns by
@@ -39,12 +38,7 @@ class ConditionEmbedding(nn.Module):
 
     def __init__(self, dim: int, num_classes: int | None, augment_cond_dim: int, mapping_cond_dim: int):
         super().__init__()
-        self.num_classes, self.augment_cond_dim, self.mapping_cond_dim = (
-            num_classes,
-            augment_cond_dim,
-            mapping_cond_dim,
-        )
-        self.dim = dim
+        self.dim, self.num_classes = dim, num_classes
         # One row more than there are classes: the last one means "no label".
         self.class_embedder = nn.Embedding(num_classes + 1, dim) if num_classes else None
         self.augment_embedder = zero_linear(augment_cond_dim, dim)
@@ -59,20 +53,17 @@ class ConditionEmbedding(nn.Module):
     ) -> Tensor:
         """In the dtype and on the device of the `sample`."""
         batch = len(sample)
-        check_class_labels(class_labels, batch, self.num_classes)
-        check_vector("augment_cond", augment_cond, batch, self.augment_cond_dim)
-        check_vector("mapping_cond", mapping_cond, batch, self.mapping_cond_dim)
-        cond = sample.new_zeros(batch, self.dim)
+        temb = sample.new_zeros(batch, self.dim)
         if self.class_embedder is not None:
             if class_labels is None:
                 class_labels = torch.full((batch,), self.num_classes, device=sample.device)
-            cond = cond + self.class_embedder(class_labels)
+            temb = temb + self.class_embedder(class_labels)
         for embedder, value in ((self.augment_embedder, augment_cond), (self.mapping_cond_embedder, mapping_cond)):
             if embedder is not None:
                 # Zeros too go through: parameters without a gradient would stop distributed training.
                 value = sample.new_zeros(batch, embedder.in_features) if value is None else value.to(sample.dtype)
-                cond = cond + embedder(value)
-        return cond
+                temb = temb + embedder(value)
+        return temb
 
 
 def zero_linear(in_features: int, out_features: int) -> nn.Linear | None:
@@ -83,10 +74,10 @@ def zero_linear(in_features: int, out_features: int) -> nn.Linear | None:
     return linear
 
 
-class PixelBaseline(CarriesCode, SafeWeights, ModelMixin, ConfigMixin):
+class PixelBaseline(RemoteCodeMixin, SafeWeights, ModelMixin, ConfigMixin):
     """What the baselines have in common: their call, and what pipelines and the training script ask of a network.
 
-    A subclass makes `conditioning` and computes `predict(sample, time, cond)`.
+    A subclass makes `conditioning` and computes `predict(sample, time, temb)`.
     """
 
     _auto_class = "AutoModel"
@@ -105,14 +96,7 @@ class PixelBaseline(CarriesCode, SafeWeights, ModelMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """
-        Args:
-            sample (`(B, C, H, W)`): noised image, already multiplied by c_in.
-            timestep (number or `(B,)`): c_noise = ln(sigma) / 4, a real number.
-            class_labels (`(B,)` int64, *optional*): `num_classes` or None mean "no label".
-            augment_cond (`(B, augment_cond_dim)`, *optional*): zeros (not augmented) if not given.
-            mapping_cond (`(B, mapping_cond_dim)`, *optional*): adds nothing if not given.
-            conditioning_image (`(B, conditioning_channels, H, W)`): for a model with conditioning_channels, which needs
-                it.
+        The arguments are those of `HDiTModel.forward`, without `self_cond`.
 
         Returns:
             F, the raw network output, `(B, out_channels, H, W)` in the model's dtype.
@@ -120,20 +104,15 @@ class PixelBaseline(CarriesCode, SafeWeights, ModelMixin, ConfigMixin):
         Raises:
             ValueError: for sizes that do not fit (naming those that do) and conditions of a wrong shape.
         """
-        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"sample must have shape (batch, {self.config.in_channels}, height, width), got {tuple(sample.shape)}."
-            )
-        self.check_size(*sample.shape[-2:])
-        check_conditioning_image(sample, conditioning_image, self.config.conditioning_channels)
+        check_inputs(self, sample, class_labels, augment_cond, mapping_cond, conditioning_image)
         dtype = self.dtype
         sample = sample.to(dtype)
         # In float32 at least, and never a whole number: bfloat16 or a cast would merge neighbouring noise levels.
         timestep = torch.as_tensor(timestep, dtype=torch.promote_types(dtype, torch.float32), device=sample.device)
-        cond = self.conditioning(sample, class_labels, augment_cond, mapping_cond)
+        temb = self.conditioning(sample, class_labels, augment_cond, mapping_cond)
         if conditioning_image is not None:
             sample = torch.cat((sample, conditioning_image.to(dtype)), dim=1)
-        output = self.predict(sample, TIME_SCALE * timestep.expand(len(sample)), cond)
+        output = self.predict(sample, TIME_SCALE * timestep.expand(len(sample)), temb)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def set_gradient_checkpointing_levels(self, levels: Sequence[int]) -> None:
@@ -147,14 +126,6 @@ class PixelBaseline(CarriesCode, SafeWeights, ModelMixin, ConfigMixin):
         if not set(levels) <= {0}:
             raise ValueError(f"{type(self).__name__} has no levels to choose among; got {list(levels)}.")
         self.enable_gradient_checkpointing() if levels else self.disable_gradient_checkpointing()
-
-
-def check_arguments(**arguments: int | None) -> None:
-    """Raises ValueError unless all that are given are at least 1, those with "dim" or "channels" that may be none, 0."""
-    for name, value in arguments.items():
-        least = 0 if name in ("augment_cond_dim", "mapping_cond_dim", "conditioning_channels") else 1
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -212,12 +183,8 @@ class DiTPixelModel(PixelBaseline):
         conditioning_channels: int = 0,
     ):
         super().__init__()
-        check_arguments(
-            in_channels=in_channels, out_channels=out_channels, patch_size=patch_size, num_layers=num_layers,
-            num_attention_heads=num_attention_heads, attention_head_dim=attention_head_dim, num_classes=num_classes,
-            augment_cond_dim=augment_cond_dim, mapping_cond_dim=mapping_cond_dim,
-            conditioning_channels=conditioning_channels,
-        )  # fmt: skip
+        names = ("in_channels", "out_channels", "num_classes", "patch_size", "num_layers", "num_attention_heads")
+        check_counts(self.config, *names, "attention_head_dim")
         self.sample_size = pair("sample_size", sample_size)
         height, width = self.sample_size
         if height != width or height % patch_size:
@@ -264,9 +231,9 @@ class DiTPixelModel(PixelBaseline):
         for linear in (*adaptive, self.transformer.proj_out_1, self.transformer.proj_out_2):
             nn.init.zeros_(linear.weight)
 
-    def predict(self, sample: Tensor, time: Tensor, cond: Tensor) -> Tensor:
-        cond = cond + self.time_embedder(self.time_proj(time).to(cond.dtype))
-        return self.transformer(sample, timestep=cond, return_dict=False)[0]
+    def predict(self, sample: Tensor, time: Tensor, temb: Tensor) -> Tensor:
+        temb = temb + self.time_embedder(self.time_proj(time).to(temb.dtype))
+        return self.transformer(sample, timestep=temb, return_dict=False)[0]
 
     @property
     def size_rule(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -332,12 +299,15 @@ class UNetPixelModel(PixelBaseline):
         conditioning_channels: int = 0,
     ):
         super().__init__()
-        check_arguments(
-            in_channels=in_channels, out_channels=out_channels, layers_per_block=layers_per_block,
-            attention_head_dim=attention_head_dim, norm_num_groups=norm_num_groups, num_classes=num_classes,
-            augment_cond_dim=augment_cond_dim, mapping_cond_dim=mapping_cond_dim,
-            conditioning_channels=conditioning_channels,
-        )  # fmt: skip
+        names = (
+            "in_channels",
+            "out_channels",
+            "num_classes",
+            "layers_per_block",
+            "attention_head_dim",
+            "norm_num_groups",
+        )
+        check_counts(self.config, *names)
         count = len(block_out_channels)
         attention_blocks = [max(count - 2, 0)] if attention_blocks is None else attention_blocks
         check_blocks(block_out_channels, attention_blocks, attention_head_dim, norm_num_groups)
@@ -361,8 +331,8 @@ class UNetPixelModel(PixelBaseline):
             class_embed_type="identity",  # `conditioning` is added to the time embedding as it is
         )
 
-    def predict(self, sample: Tensor, time: Tensor, cond: Tensor) -> Tensor:
-        return self.unet(sample, time, class_labels=cond, return_dict=False)[0]
+    def predict(self, sample: Tensor, time: Tensor, temb: Tensor) -> Tensor:
+        return self.unet(sample, time, class_labels=temb, return_dict=False)[0]
 
     @property
     def size_rule(self) -> tuple[tuple[int, int], tuple[int, int]]:

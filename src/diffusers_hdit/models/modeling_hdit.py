@@ -3,65 +3,235 @@
 Crowson et al., "Scalable High-Resolution Pixel-Space Image Synthesis with Hourglass Diffusion Transformers",
 ICML 2024, arXiv 2401.11605.
 
+    patch in -> positions (RoPE) -> conditioning -> blocks (norm, attention, feed-forward), merge, ... split -> patch out
+
 Shapes: B batch, C channels, H×W pixels, h×w tokens of a level, D width of a level, n heads, d head dim,
 M mapping width. Tokens are channels-last, (B, h, w, D), throughout.
 """
 
 import math
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from ..ops.cosine import CosineAttention, hourglass_rotary_tables
+from ..ops.cosine import cosine_similarity
 from ..ops.fused import geglu, rms_norm
 from ..ops.linear import Linear
-from ..ops.neighborhood import BACKENDS, cosine_neighborhood_attention, unavailable_reason, whole_grid_attention
+from ..ops.neighborhood import BACKENDS, cosine_neighborhood_attention, unavailable_reason
 from ..ops.plans import plan
-from ..utils.remote_code import CarriesCode, SafeWeights, package_module
+from ..utils.remote_code import RemoteCodeMixin, SafeWeights, package_module
 from .ablations import (
-    AdaLayerNorm,
-    AxialAttention,
-    GELUFeedForward,
+    ABLATION_ACTIVATIONS,
+    ABLATION_NORMS,
+    ABLATION_POSITIONS,
+    ABLATION_PROCESSORS,
+    ABLATION_SKIPS,
+    HDiTAxialAttnProcessor,
+    HDiTSlidingWindowAttnProcessor,
     PatchInWithPositions,
-    SlidingWindowAttention,
-    SplitAndAdd,
-    SplitAndConcat,
 )
-from .conditions import check_class_labels, check_conditioning_image, check_vector
-from .configuration_hdit import Level, check_parts, pair, resolve_levels
+from .checks import Level, check_counts, check_design_choices, check_inputs, check_self_cond, pair, resolve_levels
+
+
+# Cosines and sines of the angles that queries and keys are rotated by, `(h, w, n, d/4)` each; None without RoPE.
+RotaryTables = tuple[Tensor, Tensor] | None
 
 
 @dataclass
 class HDiTModelOutput(BaseOutput):
     """
-    Attributes:
+    The output of [`HDiTModel`].
+
+    Args:
         sample (`torch.Tensor` of shape `(B, C, H, W)`): the raw network output F, not yet the denoised image.
     """
 
     sample: Tensor
 
 
+def zero_init(linear: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(linear.weight)
+    return linear
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Conditioning: noise level, augmentation, class and vectors to one embedding (B, M)
+# Patches in and out, and between levels
+
+
+class TokenMerge(nn.Module):
+    """Merge p×q tokens into one, `(B, p·h, q·w, D) -> (B, h, w, D')`; their features are in the order (row, column, channel)."""
+
+    def __init__(self, in_features: int, out_features: int, patch_size: tuple[int, int] = (2, 2)):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = Linear(in_features * math.prod(patch_size), out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p, q = self.patch_size
+        batch, height, width, dim = x.shape
+        x = x.reshape(batch, height // p, p, width // q, q, dim).transpose(2, 3)
+        return self.proj(x.flatten(3))
+
+
+class TokenSplit(nn.Module):
+    """Split each token into p×q, `(B, h, w, D) -> (B, p·h, q·w, D')`: the inverse of `TokenMerge`."""
+
+    def __init__(self, in_features: int, out_features: int, patch_size: tuple[int, int] = (2, 2)):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = Linear(in_features, out_features * math.prod(patch_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        p, q = self.patch_size
+        batch, height, width, _ = x.shape
+        x = self.proj(x).reshape(batch, height, width, p, q, -1).transpose(2, 3)
+        return x.reshape(batch, height * p, width * q, -1)
+
+
+class TokenSplitWithSkip(TokenSplit):
+    """Split tokens, and interpolate between the skip and the result by one learned weight."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.fac = nn.Parameter(
+            torch.full((1,), 0.5)
+        )  # the lerp weight, under its name in the reference's checkpoints
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = super().forward(x)
+        return torch.lerp(skip, x, self.fac.to(x.dtype))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Positions: axial rotary embeddings, RoPE (Su et al. 2021, "RoFormer", arXiv 2104.09864). `normalize_and_rotate` of `ops`
+# applies them to queries and keys.
+
+
+def axial_positions(height: int, width: int, device: torch.device, across: int | None = None) -> tuple[Tensor, Tensor]:
+    """
+    Return the token centres `y (h,)` and `x (w,)` of a grid around 0 that keeps the aspect ratio.
+
+    `across` tokens fill [-1, 1]; as many as the longer side has, if not given.
+    """
+
+    def centres(length: int) -> Tensor:
+        bound = length / (across or max(height, width))
+        edges = torch.linspace(-bound, bound, length + 1, device=device, dtype=torch.float32)
+        return (edges[:-1] + edges[1:]) / 2
+
+    return centres(height), centres(width)
+
+
+def axial_rotary_frequencies(num_heads: int, head_dim: int, device: torch.device | None = None) -> Tensor:
+    """Return frequencies `(n, d/8)`, log-spaced over [π, 10π) and dealt out to the heads in turn, as in the reference."""
+    count = num_heads * head_dim // 8
+    frequencies = torch.linspace(
+        math.log(math.pi), math.log(10 * math.pi), count + 1, device=device, dtype=torch.float32
+    )[:-1].exp()
+    return frequencies.view(head_dim // 8, num_heads).T.contiguous()
+
+
+def axial_rotary_tables(y: Tensor, x: Tensor, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines `(h, w, n, d/4)` of the angles in float32: the first half follows y, the second x."""
+    frequencies = axial_rotary_frequencies(num_heads, head_dim, y.device)
+    angles_y, angles_x = y[:, None, None] * frequencies, x[:, None, None] * frequencies
+    shape = (len(y), len(x), *frequencies.shape)
+
+    def table(function) -> Tensor:
+        rows, columns = function(angles_y)[:, None].expand(shape), function(angles_x)[None].expand(shape)
+        return torch.cat((rows, columns), dim=-1)
+
+    return table(torch.cos), table(torch.sin)
+
+
+def hourglass_rotary_tables(
+    height: int, width: int, across: int | None, heads: tuple[tuple[int, int] | None, ...], device: torch.device
+) -> list[tuple[Tensor, Tensor] | None]:
+    """
+    Return the `axial_rotary_tables` of each level, where a token's position is the mean of the 2×2 that it was merged from.
+
+    Args:
+        height, width: tokens of the outermost level.
+        across: see `axial_positions`.
+        heads: (number, channels) of each level's heads; None for a level without rotary embeddings, which gets no tables.
+    """
+    tables = []
+    y, x = axial_positions(height, width, device, across)
+    for i, shape in enumerate(heads):
+        if i:
+            y, x = y.unflatten(0, (-1, 2)).mean(1), x.unflatten(0, (-1, 2)).mean(1)
+        tables.append(None if shape is None else axial_rotary_tables(y, x, *shape))
+    return tables
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Feed-forward and norms
+
+
+# Each activation with how many times the hidden width of the feed-forward go into it.
+ACTIVATIONS = {"geglu": (geglu, 2), **ABLATION_ACTIVATIONS}
+
+
+class HDiTFeedForward(nn.Module):
+    """Map `(..., D)` to `(..., D)`, by default with a GEGLU; the last projection is zero at initialization."""
+
+    def __init__(self, dim: int, ff_dim: int, dropout: float = 0.0, activation: str = "geglu"):
+        super().__init__()
+        self.activation, inputs = ACTIVATIONS[activation]
+        self.up_proj = Linear(dim, inputs * ff_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.down_proj = zero_init(Linear(ff_dim, dim))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(self.dropout(self.activation(self.up_proj(hidden_states))))
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a learned scale and statistics in float32 (nn.RMSNorm warns when autocast mixes its dtypes)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight.to(x.dtype))
+
+
+class AdaRMSNorm(nn.Module):
+    """RMSNorm of `(B, h, w, D)` whose scale is 1 + a linear map of the conditioning `(B, M)`; statistics in float32."""
+
+    def __init__(self, dim: int, cond_dim: int):
+        super().__init__()
+        self.linear = zero_init(Linear(cond_dim, dim))
+
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        return rms_norm(hidden_states, 1 + self.linear(temb))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Conditioning: noise level, augmentation, class and vectors become one embedding (B, M)
 
 
 class FourierFeatures(nn.Module):
-    """`(B, in) -> (B, M)`: cosines and sines of 2π x Wᵀ with a fixed random W `(M/2, in)` that is stored with the weights."""
+    """Map `(B, in)` to cosines and sines of 2π x Wᵀ, `(B, M)`; the random W `(M/2, in)` is fixed and saved as a weight."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.register_buffer("weight", torch.randn(out_features // 2, in_features, dtype=torch.float32))
 
     def _apply(self, function, recurse: bool = True):
-        """Moves to devices, but keeps float32: rounded phases would shift every noise level."""
+        """Move to devices, but keep float32: rounded phases would shift every noise level."""
         weight = self.weight
         super()._apply(function, recurse)
         if self.weight.dtype != weight.dtype:
@@ -74,42 +244,18 @@ class FourierFeatures(nn.Module):
         return torch.cat((f.cos(), f.sin()), dim=-1)
 
 
-class HDiTFeedForward(nn.Module):
-    """`(..., D) -> (..., D)`: GEGLU, the last projection zero at the start."""
-
-    def __init__(self, dim: int, ff_dim: int, dropout: float = 0.0):
-        super().__init__()
-        self.up_proj = Linear(dim, 2 * ff_dim)
-        self.dropout = nn.Dropout(dropout)
-        self.down_proj = zero_init(Linear(ff_dim, dim))
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(self.dropout(geglu(self.up_proj(hidden_states))))
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm with a learned scale. Statistics in float32 (nn.RMSNorm warns when autocast mixes its dtypes)."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight.to(x.dtype))
-
-
 class HDiTMappingBlock(nn.Module):
     def __init__(self, dim: int, ff_dim: int, dropout: float):
         super().__init__()
         self.norm = RMSNorm(dim)
         self.ff = HDiTFeedForward(dim, ff_dim, dropout)
 
-    def forward(self, cond: Tensor) -> Tensor:
-        return cond + self.ff(self.norm(cond))
+    def forward(self, temb: Tensor) -> Tensor:
+        return temb + self.ff(self.norm(temb))
 
 
 class HDiTMappingNetwork(nn.Module):
-    """`(B, M) -> (B, M)`, the residual mapping network in front of all adaptive norms."""
+    """The residual network `(B, M) -> (B, M)` in front of all adaptive norms."""
 
     def __init__(self, depth: int, dim: int, ff_dim: int, dropout: float):
         super().__init__()
@@ -117,23 +263,26 @@ class HDiTMappingNetwork(nn.Module):
         self.blocks = nn.ModuleList([HDiTMappingBlock(dim, ff_dim, dropout) for _ in range(depth)])
         self.norm_out = RMSNorm(dim)
 
-    def forward(self, cond: Tensor) -> Tensor:
-        cond = self.norm_in(cond)
+    def forward(self, temb: Tensor) -> Tensor:
+        temb = self.norm_in(temb)
         for block in self.blocks:
-            cond = block(cond)
-        return self.norm_out(cond)
+            temb = block(temb)
+        return self.norm_out(temb)
 
 
 class HDiTConditioning(nn.Module):
-    """Embeds and sums everything that conditions a sample, and maps the sum: `(B, M)`."""
+    """Embed and sum everything that conditions a sample, and map the sum: `(B, M)`."""
 
-    def __init__(self, dim, num_classes, augment_cond_dim, mapping_cond_dim, mapping: HDiTMappingNetwork):
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int | None,
+        augment_cond_dim: int,
+        mapping_cond_dim: int,
+        mapping: HDiTMappingNetwork,
+    ):
         super().__init__()
-        self.num_classes, self.augment_cond_dim, self.mapping_cond_dim = (
-            num_classes,
-            augment_cond_dim,
-            mapping_cond_dim,
-        )
+        self.num_classes, self.augment_cond_dim = num_classes, augment_cond_dim
         self.time_proj = FourierFeatures(1, dim)
         self.time_embedder = Linear(dim, dim)
         self.augment_proj = FourierFeatures(augment_cond_dim, dim) if augment_cond_dim else None
@@ -152,78 +301,87 @@ class HDiTConditioning(nn.Module):
         dtype: torch.dtype,
     ) -> Tensor:
         batch = timestep.shape[0]
-        check_class_labels(class_labels, batch, self.num_classes)
-        check_vector("augment_cond", augment_cond, batch, self.augment_cond_dim)
-        check_vector("mapping_cond", mapping_cond, batch, self.mapping_cond_dim)
-        cond = self.time_embedder(self.time_proj(timestep[:, None]).to(dtype))
+        temb = self.time_embedder(self.time_proj(timestep[:, None]).to(dtype))
         if self.augment_proj is not None:
             if augment_cond is None:
                 augment_cond = timestep.new_zeros(batch, self.augment_cond_dim)
-            cond = cond + self.augment_embedder(self.augment_proj(augment_cond.to(timestep.dtype)).to(dtype))
+            temb = temb + self.augment_embedder(self.augment_proj(augment_cond.to(timestep.dtype)).to(dtype))
         if self.class_embedder is not None:
             if class_labels is None:
                 class_labels = torch.full((batch,), self.num_classes, device=timestep.device)
-            cond = cond + self.class_embedder(class_labels)
+            temb = temb + self.class_embedder(class_labels)
         if self.mapping_cond_embedder is not None and mapping_cond is not None:
-            cond = cond + self.mapping_cond_embedder(mapping_cond.to(dtype))
-        return self.mapping(cond)
-
-
-class AdaRMSNorm(nn.Module):
-    """RMSNorm of `(B, h, w, D)` whose scale is 1 + a linear map of the conditioning `(B, M)`; statistics in float32."""
-
-    def __init__(self, dim: int, cond_dim: int):
-        super().__init__()
-        self.linear = zero_init(Linear(cond_dim, dim))
-
-    def forward(self, hidden_states: Tensor, cond: Tensor) -> Tensor:
-        return rms_norm(hidden_states, 1 + self.linear(cond))
-
-
-def zero_init(linear: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(linear.weight)
-    return linear
+            temb = temb + self.mapping_cond_embedder(mapping_cond.to(dtype))
+        return self.mapping(temb)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Attention kinds: which tokens see each other.
+# Attention processors decide which tokens attend to each other. All divide queries and keys by their norm, multiply them
+# by the square root of a learned scale, and rotate them by their position; attention then runs with a softmax scale of 1.
 
 
-class GlobalAttention(CosineAttention):
-    """Every token sees every token of its level."""
+class HDiTAttnProcessor:
+    """
+    Global attention: every token attends to every token of its level.
+
+    It goes through Diffusers' `dispatch_attention_fn`; choose its kernel with `model.set_attention_backend(...)`.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "HDiTAttention", hidden_states: Tensor, image_rotary_emb: RotaryTables = None) -> Tensor:
+        query, key, value = attn.rotated_qkv(hidden_states, image_rotary_emb)
+        query, key, value = (x.flatten(1, 2) for x in (query, key, value))
+        out = dispatch_attention_fn(
+            query, key, value, scale=1.0, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.project_out(out.unflatten(1, hidden_states.shape[1:3]))
 
     def query_key_pairs(self, height: int, width: int) -> int:
+        """Return how many scores there are on a grid of height × width tokens."""
         return (height * width) ** 2
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return whole_grid_attention(query, key, value, scale=1.0)
 
+class HDiTNeighborhoodAttnProcessor:
+    """
+    Neighborhood attention: every token attends to the kernel_size × kernel_size tokens around it (see
+    `ops/neighborhood_attention.py`).
 
-class NeighborhoodAttention(CosineAttention):
-    """Every token sees the kernel_size × kernel_size tokens around it (see `neighborhood.py`)."""
+    Args:
+        kernel_size: side of the neighborhood in tokens, odd.
+        backend: the kernel; choose it with `model.set_neighborhood_backend(...)`.
+    """
 
-    def __init__(self, kernel_size: int):
-        super().__init__()
-        self.kernel_size = kernel_size
-        self.backend = "auto"
+    def __init__(self, kernel_size: int, backend: str = "auto"):
+        self.kernel_size, self.backend = kernel_size, backend
+
+    def __call__(self, attn: "HDiTAttention", hidden_states: Tensor, image_rotary_emb: RotaryTables = None) -> Tensor:
+        query, key, value = attn.project_qkv(hidden_states)
+        # Some kernels normalize and rotate queries and keys as they load them.
+        out = cosine_neighborhood_attention(
+            query, key, value, self.kernel_size, attn.scale, image_rotary_emb, self.backend
+        )
+        return attn.project_out(out)
 
     def query_key_pairs(self, height: int, width: int) -> int:
         return height * width * self.kernel_size**2
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: Tensor, rotary) -> Tensor:
-        # Some kernels scale and rotate queries and keys as they load them.
-        return cosine_neighborhood_attention(query, key, value, self.kernel_size, scale, rotary, self.backend)
 
+class HDiTShiftedWindowAttnProcessor:
+    """
+    Attention inside windows of a grid that is rolled by `shift` (Liu et al. 2021, arXiv 2103.14030).
 
-class ShiftedWindowAttention(CosineAttention):
-    """Attention inside windows of a grid that is rolled by `shift` (Liu et al. 2021, arXiv 2103.14030)."""
+    It always runs PyTorch's scaled dot product attention: a shifted window needs a mask, which most backends of Diffusers
+    do not take.
+    """
 
     def __init__(self, window_size: int, shift: int):
-        super().__init__()
         self.window_size, self.shift = window_size, shift
 
-    def query_key_pairs(self, height: int, width: int) -> int:
-        return height * width * self.window_size**2
+    def __call__(self, attn: "HDiTAttention", hidden_states: Tensor, image_rotary_emb: RotaryTables = None) -> Tensor:
+        query, key, value = attn.rotated_qkv(hidden_states, image_rotary_emb)
+        return attn.project_out(self.attend(query, key, value))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         batch, height, width, heads, dim = query.shape
@@ -242,7 +400,7 @@ class ShiftedWindowAttention(CosineAttention):
         return out.roll((-self.shift, -self.shift), (1, 2)) if self.shift else out
 
     def same_side(self, height: int, width: int, device: torch.device) -> Tensor:
-        """Mask `(windows, 1, s², s²)`: tokens brought together by the roll, but apart in the image, do not see each other."""
+        """Return the mask `(windows, 1, s², s²)` that keeps apart tokens which the roll brought together."""
         size = self.window_size
         wrapped_rows = torch.arange(height, device=device) < self.shift
         wrapped_columns = torch.arange(width, device=device) < self.shift
@@ -250,32 +408,32 @@ class ShiftedWindowAttention(CosineAttention):
         side = side.reshape(height // size, size, width // size, size).transpose(1, 2).reshape(-1, 1, size * size)
         return side[..., :, None] == side[..., None, :]
 
-
-def make_attention_kind(attention_type: str, kernel_size: int, window_size: int, index: int) -> CosineAttention:
-    """`index`: number of the block in its level, counting on through the up path; every second one is shifted."""
-    if attention_type == "neighborhood":
-        return NeighborhoodAttention(kernel_size)
-    if attention_type == "shifted_window":
-        return ShiftedWindowAttention(window_size, shift=window_size // 2 if index % 2 else 0)
-    if attention_type == "sliding_window":
-        return SlidingWindowAttention(kernel_size)
-    return AxialAttention() if attention_type == "axial" else GlobalAttention()
+    def query_key_pairs(self, height: int, width: int) -> int:
+        return height * width * self.window_size**2
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A block
+class HDiTAttention(nn.Module, AttentionModuleMixin):
+    """
+    Cosine-similarity attention, `(B, h, w, D) -> (B, h, w, D)`.
 
-NORMS = {"ada_rms_norm": AdaRMSNorm, "ada_layer_norm": AdaLayerNorm}
-FEED_FORWARDS = {"geglu": HDiTFeedForward, "gelu": GELUFeedForward}
+    The module has the weights; its processor, which `set_processor` exchanges, decides which tokens attend to each other.
+    """
 
+    _default_processor_cls = HDiTAttnProcessor
+    _available_processors = [
+        HDiTAttnProcessor,
+        HDiTNeighborhoodAttnProcessor,
+        HDiTShiftedWindowAttnProcessor,
+        HDiTAxialAttnProcessor,
+        HDiTSlidingWindowAttnProcessor,
+    ]
+    # What Diffusers asks: its caches and guiders for the first, `fuse_projections` for the second.
+    is_cross_attention = False
+    use_bias = False
 
-class HDiTAttention(nn.Module):
-    """Cosine-similarity attention with axial rotary embeddings, `(B, h, w, D) -> (B, h, w, D)`."""
-
-    def __init__(self, dim: int, head_dim: int, kind: CosineAttention, dropout: float):
+    def __init__(self, dim: int, head_dim: int, dropout: float = 0.0, processor=None):
         super().__init__()
         self.head_dim = head_dim
-        self.kind = kind
         self.to_q = Linear(dim, dim)
         self.to_k = Linear(dim, dim)
         self.to_v = Linear(dim, dim)
@@ -283,12 +441,65 @@ class HDiTAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
         # A list of one: the LoRA configurations that people have for Diffusers' attention name this layer `to_out.0`.
         self.to_out = nn.ModuleList([zero_init(Linear(dim, dim))])
+        self.set_processor(processor or self._default_processor_cls())
 
-    def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        heads = (-1, self.head_dim)
-        query, key, value = (layer(hidden_states).unflatten(-1, heads) for layer in (self.to_q, self.to_k, self.to_v))
-        out = self.kind(query, key, value, self.scale, rotary)
+    def forward(self, hidden_states: Tensor, image_rotary_emb: RotaryTables = None) -> Tensor:
+        return self.processor(self, hidden_states, image_rotary_emb)
+
+    def project_qkv(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, `(B, h, w, n, d)` each."""
+        if self.fused_projections:
+            projected = self.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            projected = (self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states))
+        return tuple(x.unflatten(-1, (-1, self.head_dim)) for x in projected)
+
+    def rotated_qkv(self, hidden_states: Tensor, image_rotary_emb: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the same, with queries and keys normalized to the length sqrt(scale) and rotated by their position."""
+        query, key, value = self.project_qkv(hidden_states)
+        query = cosine_similarity(query, self.scale, image_rotary_emb)
+        return query, cosine_similarity(key, self.scale, image_rotary_emb), value
+
+    def project_out(self, out: Tensor) -> Tensor:
+        """Map what the heads computed, `(B, h, w, n, d)`, to the width of the level."""
         return self.to_out[0](self.dropout(out.flatten(-2)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The design choices by their names in the configuration; the first of each is the paper's. Ablations are registered here:
+# a processor is made by a function of the level and of the block's index in it, counted on through the up path.
+
+ATTENTION_PROCESSORS = {
+    "neighborhood": lambda level, index: HDiTNeighborhoodAttnProcessor(level.kernel_size),
+    "global": lambda level, index: HDiTAttnProcessor(),
+    # Every second block is shifted.
+    "shifted_window": lambda level, index: HDiTShiftedWindowAttnProcessor(
+        level.window_size, shift=level.window_size // 2 if index % 2 else 0
+    ),
+    "none": None,  # blocks of a feed-forward only
+    **ABLATION_PROCESSORS,
+}
+NORMS = {"ada_rms_norm": AdaRMSNorm, **ABLATION_NORMS}
+
+
+def split_then(skip_cls: type[nn.Module]):
+    """Return a constructor of `skip_cls` around a `TokenSplit` that takes the arguments of `TokenSplitWithSkip`."""
+    return lambda in_features, out_features: skip_cls(TokenSplit(in_features, out_features), out_features)
+
+
+SKIPS = {"lerp": TokenSplitWithSkip, **{name: split_then(cls) for name, cls in ABLATION_SKIPS.items()}}
+
+DESIGN_CHOICES = {
+    "position_embedding": ("rope", *ABLATION_POSITIONS, "none"),
+    "skip": tuple(SKIPS),
+    "activation": tuple(ACTIVATIONS),
+    "norm": tuple(NORMS),
+    "self_conditioning": (False, True),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Blocks
 
 
 class HDiTTransformerBlock(nn.Module):
@@ -296,15 +507,15 @@ class HDiTTransformerBlock(nn.Module):
 
     def __init__(self, level: Level, cond_dim: int, index: int):
         super().__init__()
-        kind = make_attention_kind(level.type, level.kernel_size, level.window_size, index)
+        processor = ATTENTION_PROCESSORS[level.type](level, index)
         self.norm1 = NORMS[level.norm](level.width, cond_dim)
-        self.attn = HDiTAttention(level.width, level.head_dim, kind, level.dropout)
+        self.attn = HDiTAttention(level.width, level.head_dim, level.dropout, processor)
         self.norm2 = NORMS[level.norm](level.width, cond_dim)
-        self.ff = FEED_FORWARDS[level.activation](level.width, level.ff_width, level.dropout)
+        self.ff = HDiTFeedForward(level.width, level.ff_width, level.dropout, level.activation)
 
-    def forward(self, hidden_states: Tensor, cond: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        hidden_states = hidden_states + self.attn(self.norm1(hidden_states, cond), rotary)
-        return hidden_states + self.ff(self.norm2(hidden_states, cond))
+    def forward(self, hidden_states: Tensor, temb: Tensor, image_rotary_emb: RotaryTables = None) -> Tensor:
+        hidden_states = hidden_states + self.attn(self.norm1(hidden_states, temb), image_rotary_emb)
+        return hidden_states + self.ff(self.norm2(hidden_states, temb))
 
 
 class HDiTFeedForwardBlock(nn.Module):
@@ -313,81 +524,28 @@ class HDiTFeedForwardBlock(nn.Module):
     def __init__(self, level: Level, cond_dim: int, index: int):
         super().__init__()
         self.norm2 = NORMS[level.norm](level.width, cond_dim)
-        self.ff = FEED_FORWARDS[level.activation](level.width, level.ff_width, level.dropout)
+        self.ff = HDiTFeedForward(level.width, level.ff_width, level.dropout, level.activation)
 
-    def forward(self, hidden_states: Tensor, cond: Tensor, rotary: None = None) -> Tensor:
-        return hidden_states + self.ff(self.norm2(hidden_states, cond))
+    def forward(self, hidden_states: Tensor, temb: Tensor, image_rotary_emb: None = None) -> Tensor:
+        return hidden_states + self.ff(self.norm2(hidden_states, temb))
 
 
 def make_blocks(level: Level, cond_dim: int, first_index: int = 0) -> nn.ModuleList:
-    """The blocks of a level on one of its two ways; `first_index` is the number of the first one in its level."""
+    """Make the blocks of a level's down or up path; `first_index` is the index in the level of the first of them."""
     block = HDiTFeedForwardBlock if level.type == "none" else HDiTTransformerBlock
     return nn.ModuleList([block(level, cond_dim, first_index + i) for i in range(level.depth)])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Between levels
-
-
-class TokenMerge(nn.Module):
-    """`(B, p·h, q·w, D) -> (B, h, w, D')`: a patch of p×q tokens, in the order (row, column, channel), becomes one token."""
-
-    def __init__(self, in_features: int, out_features: int, patch_size: tuple[int, int] = (2, 2)):
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = Linear(in_features * math.prod(patch_size), out_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        p, q = self.patch_size
-        batch, height, width, dim = x.shape
-        x = x.reshape(batch, height // p, p, width // q, q, dim).transpose(2, 3)
-        return self.proj(x.flatten(3))
-
-
-class TokenSplit(nn.Module):
-    """`(B, h, w, D) -> (B, p·h, q·w, D')`, the way back."""
-
-    def __init__(self, in_features: int, out_features: int, patch_size: tuple[int, int] = (2, 2)):
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = Linear(in_features, out_features * math.prod(patch_size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        p, q = self.patch_size
-        batch, height, width, _ = x.shape
-        x = self.proj(x).reshape(batch, height, width, p, q, -1).transpose(2, 3)
-        return x.reshape(batch, height * p, width * q, -1)
-
-
-class TokenSplitWithSkip(TokenSplit):
-    """TokenSplit whose result is mixed with the skip by one learned factor."""
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features)
-        self.fac = nn.Parameter(torch.full((1,), 0.5))
-
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = super().forward(x)
-        return torch.lerp(skip, x, self.fac.to(x.dtype))
-
-
-def make_split(skip: str, in_features: int, out_features: int) -> nn.Module:
-    if skip == "lerp":
-        return TokenSplitWithSkip(in_features, out_features)
-    split = TokenSplit(in_features, out_features)
-    return SplitAndAdd(split, out_features) if skip == "add" else SplitAndConcat(split, out_features)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The network
 
 
-class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     r"""
     The Hourglass Diffusion Transformer: a transformer in the shape of a U-Net that denoises images in pixel space.
 
     Levels are listed from the outermost to the innermost; `depths=(2, 2, 4)` means 2 + 2 + 4 + 2 + 2 blocks. Arguments
-    that are given as one value hold for every level; a list has one entry a level.
+    that are given as one value hold for every level; a list has one entry per level.
 
     Args:
         sample_size (`int` or `(int, int)`): height and width in pixels of the images the model is trained on.
@@ -413,7 +571,8 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
             upscaled; 0 for none.
         position_embedding (`str`): "rope"; "additive", learned vectors that are added to the outermost tokens, resampled
             for sizes other than sample_size; or "none".
-        skip (`str`): how a skip meets what comes up: "lerp", "add" or "concat" (and a linear map back to the width).
+        skip (`str`): how a skip and the inner level's output are merged: "lerp", "add" or "concat" (and a linear map back
+            to the width).
         activation (`str`): "geglu" or "gelu" in the feed-forwards of the blocks; the mapping network has GEGLU always.
         norm (`str`): "ada_rms_norm" or "ada_layer_norm" in the blocks.
         self_conditioning (`bool`): whether the network also sees an earlier estimate of the clean image (Chen et al. 2022,
@@ -424,8 +583,8 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
     ablations (see `ablations.py`); the defaults are the paper's.
 
     Raises:
-        ValueError: for lists of different lengths, unknown attention types, and sizes that do not fit each other; for
-            unknown parts, and those of which the model has none (skips between the levels of a model of one level).
+        ValueError: for lists of different lengths, sizes that do not fit each other, unknown design choices, and choices
+            about something that the model does not have (skips between the levels of a model of one level).
     """
 
     # config.json then says which file Diffusers' AutoModel finds this class in.
@@ -470,37 +629,10 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
         position_size: int | tuple[int, int] | None = None,
     ):
         super().__init__()
-        self.levels = resolve_levels(
-            widths,
-            depths,
-            ff_widths,
-            attention_types,
-            attention_head_dim,
-            kernel_size,
-            window_size,
-            dropout,
-            position_embedding,
-            activation,
-            norm,
-        )
-        check_parts(
-            self.levels,
-            position_embedding=position_embedding,
-            skip=skip,
-            activation=activation,
-            norm=norm,
-            self_conditioning=self_conditioning,
-        )
+        self.levels = resolve_levels(self.config, tuple(ATTENTION_PROCESSORS))
+        check_design_choices(self.config, self.levels, DESIGN_CHOICES)
         self.patch_size = pair("patch_size", patch_size)
-        for name, value in (
-            ("in_channels", in_channels),
-            ("mapping_width", mapping_width),
-            ("num_classes", num_classes),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        if conditioning_channels < 0:
-            raise ValueError(f"conditioning_channels must not be negative, got {conditioning_channels}.")
+        check_counts(self.config, "in_channels", "mapping_width", "num_classes")
         if self_conditioning and out_channels not in (None, in_channels):
             raise ValueError(
                 "self_conditioning=True shows the network its own output, which must then be an image like its input; got "
@@ -514,9 +646,9 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
         outermost = self.levels[0].width
         channels = in_channels + conditioning_channels + (in_channels if self_conditioning else 0)
         self.patch_in = TokenMerge(channels, outermost, self.patch_size)
-        if position_embedding == "additive":
+        if position_embedding in ABLATION_POSITIONS:
             grid = (size // patch for size, patch in zip(self.sample_size, self.patch_size, strict=True))
-            self.patch_in = PatchInWithPositions(self.patch_in, *grid, outermost)
+            self.patch_in = ABLATION_POSITIONS[position_embedding](self.patch_in, *grid, outermost)
         mapping = HDiTMappingNetwork(
             mapping_depth, mapping_width, mapping_ff_width or 3 * mapping_width, mapping_dropout
         )
@@ -527,7 +659,7 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
         for level, inner in zip(self.levels[:-1], self.levels[1:], strict=True):
             self.down_blocks.append(make_blocks(level, mapping_width))
             self.merges.append(TokenMerge(level.width, inner.width))
-            self.splits.append(make_split(skip, inner.width, level.width))
+            self.splits.append(SKIPS[skip](inner.width, level.width))
             self.up_blocks.append(make_blocks(level, mapping_width, first_index=level.depth))
         self.transformer_blocks = make_blocks(self.levels[-1], mapping_width)
 
@@ -538,6 +670,7 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
         zero_init(self.patch_out.proj)
         self.gradient_checkpointing = False
         self.checkpointed_levels = frozenset(range(len(self.levels)))
+        self.last_cache_context = None
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "HDiTModel":
@@ -575,52 +708,57 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
         Raises:
             ValueError: for sizes that do not fit (naming the nearest that do) and conditions of a wrong shape.
         """
-        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"sample must have shape (batch, {self.config.in_channels}, height, width), got {tuple(sample.shape)}."
-            )
-        self.check_size(*sample.shape[-2:])
+        check_inputs(self, sample, class_labels, augment_cond, mapping_cond, conditioning_image)
         dtype = self.dtype
+
         images = self.join_images(sample, conditioning_image, self_cond)
         hidden_states = self.patch_in(images.to(dtype).permute(0, 2, 3, 1))
+        image_rotary_embs = self.rotary_tables(*hidden_states.shape[1:3], sample)
 
         timestep = torch.as_tensor(timestep, dtype=torch.promote_types(dtype, torch.float32), device=sample.device)
         timestep = timestep.expand(sample.shape[0])
-        cond = self.conditioning(timestep, class_labels, augment_cond, mapping_cond, dtype)
-        rotaries = self.rotary_tables(*hidden_states.shape[1:3], sample)
+        temb = self.conditioning(timestep, class_labels, augment_cond, mapping_cond, dtype)
 
         skips = []
-        for i in range(len(self.down_blocks)):
-            hidden_states = self.run_level(i, self.down_blocks[i], hidden_states, cond, rotaries[i])
+        for level, (blocks, merge) in enumerate(zip(self.down_blocks, self.merges, strict=True)):
+            for block in blocks:
+                hidden_states = self.run_block(level, block, hidden_states, temb, image_rotary_embs[level])
             skips.append(hidden_states)
-            hidden_states = self.merges[i](hidden_states)
+            hidden_states = merge(hidden_states)
 
-        hidden_states = self.run_level(len(skips), self.transformer_blocks, hidden_states, cond, rotaries[-1])
+        for block in self.transformer_blocks:
+            hidden_states = self.run_block(len(skips), block, hidden_states, temb, image_rotary_embs[-1])
 
-        for i in reversed(range(len(self.up_blocks))):
-            hidden_states = self.splits[i](hidden_states, skips[i])
-            hidden_states = self.run_level(i, self.up_blocks[i], hidden_states, cond, rotaries[i])
+        for level in reversed(range(len(self.up_blocks))):
+            hidden_states = self.splits[level](hidden_states, skips.pop())
+            for block in self.up_blocks[level]:
+                hidden_states = self.run_block(level, block, hidden_states, temb, image_rotary_embs[level])
 
         output = self.patch_out(self.norm_out(hidden_states)).permute(0, 3, 1, 2).contiguous()
         return HDiTModelOutput(sample=output) if return_dict else (output,)
 
-    def run_level(self, level: int, blocks: nn.ModuleList, hidden_states: Tensor, cond: Tensor, rotary) -> Tensor:
-        recompute = self.gradient_checkpointing and level in self.checkpointed_levels and torch.is_grad_enabled()
-        for block in blocks:
-            if recompute:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, cond, rotary)
-            else:
-                hidden_states = block(hidden_states, cond, rotary)
-        return hidden_states
+    def run_block(self, level: int, block: nn.Module, hidden_states: Tensor, temb: Tensor, image_rotary_emb) -> Tensor:
+        """Call a block, or have it recomputed in the backward pass where its level is checkpointed."""
+        if self.gradient_checkpointing and level in self.checkpointed_levels and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, hidden_states, temb, image_rotary_emb)
+        return block(hidden_states, temb, image_rotary_emb)
+
+    def join_images(self, sample: Tensor, conditioning_image: Tensor | None, self_cond: Tensor | None) -> Tensor:
+        """Concatenate the sample's channels and those of the other images that the model takes."""
+        check_self_cond(self.config, sample, self_cond)
+        if self.config.self_conditioning and self_cond is None:
+            self_cond = torch.zeros_like(sample)
+        others = [image.to(self.dtype) for image in (conditioning_image, self_cond) if image is not None]
+        return torch.cat((sample.to(self.dtype), *others), dim=1) if others else sample
 
     def rotary_tables(self, height: int, width: int, like: Tensor) -> list[tuple[Tensor, Tensor] | None]:
-        """One pair of tables a level, for outermost tokens height × width; None for a level that rotates nothing."""
-        heads = tuple((level.heads, level.head_dim) if level.heads and level.rotary else None for level in self.levels)
+        """Return one pair of tables for each level, for height × width outermost tokens; None for a level without RoPE."""
+        heads = tuple((level.heads, level.head_dim) if level.rotary else None for level in self.levels)
         return plan(hourglass_rotary_tables, like, height, width, self.tokens_across, heads, like.device)
 
     @property
     def size_rule(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """What height and width in pixels must be multiples of, and their least values; (height, width) each."""
+        """The numbers that height and width in pixels must be multiples of, and their minima; (height, width) each."""
         divisors, least = [], []
         for patch in self.patch_size:
             divisor, smallest = 1, 1
@@ -633,7 +771,7 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
         return tuple(divisors), tuple(least)
 
     def check_size(self, height: int, width: int) -> None:
-        """Raises ValueError unless images of height × width pixels fit all levels."""
+        """Raise ValueError unless images of height × width pixels fit all levels."""
         problems = []
         for name, size, divisor, smallest in zip(("height", "width"), (height, width), *self.size_rule, strict=True):
             if size % divisor or size < smallest:
@@ -648,7 +786,7 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
 
     def set_position_size(self, size: int | tuple[int, int] | None) -> None:
         """
-        Where the tokens of an image of another size than the trained one are. It is part of the saved configuration.
+        Choose the positions of the tokens of images of other sizes than the trained one; saved in the configuration.
 
         Args:
             size: None (the paper's): every image fills [-1, 1], so that larger ones have their tokens closer together.
@@ -660,7 +798,7 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
             ValueError: for a model without positions, and for another size than `sample_size` with additive ones.
         """
         additive = isinstance(self.patch_in, PatchInWithPositions)
-        rotary = any(level.heads and level.rotary for level in self.levels)
+        rotary = any(level.rotary for level in self.levels)
         if size is not None and not (additive or rotary):
             raise ValueError(f"position_size={size} was given, but this model has no positions. Leave it out.")
         if size is not None and additive and pair("position_size", size) != self.sample_size:
@@ -676,8 +814,8 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
 
     def set_gradient_checkpointing_levels(self, levels: Sequence[int]) -> None:
         """
-        Recomputes only these levels' blocks in the backward pass (0 is the outermost, where most of the memory goes);
-        an empty list recomputes none. `enable_gradient_checkpointing()` is for all levels.
+        Recompute only these levels' blocks in the backward pass (0 is the outermost, which takes most of the memory); an
+        empty list recomputes none. `enable_gradient_checkpointing()` is for all levels.
 
         Raises:
             ValueError: for a level that the model does not have.
@@ -690,52 +828,53 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
             self.disable_gradient_checkpointing()
         self.checkpointed_levels = frozenset(levels)
 
-    def join_images(self, sample: Tensor, conditioning_image: Tensor | None, self_cond: Tensor | None) -> Tensor:
-        """What the patches are cut from: the sample's channels, then those of the images that a model takes besides."""
-        check_conditioning_image(sample, conditioning_image, self.config.conditioning_channels)
-        self.check_self_cond(sample, self_cond)
-        if self.config.self_conditioning and self_cond is None:
-            self_cond = torch.zeros_like(sample)
-        besides = [image.to(self.dtype) for image in (conditioning_image, self_cond) if image is not None]
-        return torch.cat((sample.to(self.dtype), *besides), dim=1) if besides else sample
-
-    def check_self_cond(self, sample: Tensor, self_cond: Tensor | None) -> None:
-        if self_cond is None:
-            return
-        if not self.config.self_conditioning:
-            raise ValueError(
-                "self_cond was given, but this model has self_conditioning=False: it takes no earlier estimate. Leave it "
-                "out, or train a model that is made with self_conditioning=True."
-            )
-        if self_cond.shape != sample.shape:
-            raise ValueError(
-                f"self_cond must have the shape of the sample, {tuple(sample.shape)}, got {tuple(self_cond.shape)}."
-            )
-
     def enable_cache(self, config) -> None:
         """
-        Caches what the middle level computes, by one of Diffusers' methods (`FirstBlockCacheConfig`,
-        `TaylorSeerCacheConfig`, ...), for the steps of a pipeline. The outer levels always run.
+        Enable one of Diffusers' caches for the steps of a pipeline.
+
+        `FirstBlockCacheConfig`, `TaylorSeerCacheConfig` and others cache what the middle level computes; the outer levels
+        always run. `PyramidAttentionBroadcastConfig` reuses the output of the attention of all levels; its timesteps are
+        c_noise = ln(sigma) / 4 here, so give it a range of those, for instance
+        `spatial_attention_timestep_skip_range=(-1.0, 0.5)`.
 
         Raises:
             ValueError: for a middle level of fewer than two blocks, which has nothing to skip.
         """
         # Not at import: this makes Diffusers import all of its transformers.
+        from diffusers.hooks import PyramidAttentionBroadcastConfig
         from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
-        if len(self.transformer_blocks) < 2:
-            raise ValueError(
-                f"the middle level has {len(self.transformer_blocks)} blocks; caching needs two or more, because the "
-                "first one always runs."
-            )
-        metadata = TransformerBlockMetadata(return_hidden_states_index=0)
-        TransformerBlockRegistry.register(type(self.transformer_blocks[0]), metadata)
+        if not isinstance(config, PyramidAttentionBroadcastConfig):
+            if len(self.transformer_blocks) < 2:
+                raise ValueError(
+                    f"the middle level has {len(self.transformer_blocks)} blocks; caching needs two or more, because the "
+                    "first one always runs."
+                )
+            metadata = TransformerBlockMetadata(return_hidden_states_index=0)
+            TransformerBlockRegistry.register(type(self.transformer_blocks[0]), metadata)
         super().enable_cache(config)
+
+    @contextmanager
+    def cache_context(self, name: str, **kwargs):
+        """
+        Name the batch that is evaluated, as in Diffusers. Pyramid Attention Broadcast keeps one memory for all names, so it
+        is emptied when the name changes: steps with and without guidance have batches of different sizes.
+        """
+        from diffusers.hooks import PyramidAttentionBroadcastConfig
+
+        if name != self.last_cache_context and isinstance(self._cache_config, PyramidAttentionBroadcastConfig):
+            self._reset_stateful_cache()
+        self.last_cache_context = name
+        with super().cache_context(name, **kwargs):
+            yield
 
     def set_neighborhood_backend(self, backend: str) -> None:
         """
-        Chooses the kernel of all neighborhood levels: "auto" ("natten" or "cpp" where they work, else "tiled"), "natten",
-        "triton", "cpp", "tiled", "flex" or "dense". All are exact; the choice can be changed at any time.
+        Choose the kernel of all neighborhood levels; the choice can be changed at any time.
+
+        Args:
+            backend: "auto" ("natten" or "cpp" where they work, else "tiled"), "natten", "triton", "cpp", "tiled", "flex"
+                or "dense". All are exact.
 
         Raises:
             ValueError: for an unknown name, or one that can't work on this model's device and dtype.
@@ -749,12 +888,12 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, ConfigMixin, PeftAdapterMi
             )
             if reason:
                 raise ValueError(reason)
-        for module in self.modules():
-            if isinstance(module, NeighborhoodAttention):
-                module.backend = backend
+        for processor in self.attn_processors.values():
+            if isinstance(processor, HDiTNeighborhoodAttnProcessor):
+                processor.backend = backend
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """What `from_pretrained(torch_dtype=dtype)` does: parameters are cast, the fixed Fourier projections are not."""
+    """Cast as `from_pretrained(dtype=dtype)` does: the parameters, but not the fixed Fourier projections."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
