@@ -29,7 +29,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffusers_hdit.data.dataset import Buckets, load_images, make_loader
+from diffusers_hdit.data import Buckets, load_images, make_loader
 from diffusers_hdit.evaluation import evaluator as evaluation
 from diffusers_hdit.models.networks import NETWORKS
 from diffusers_hdit.training import checkpointing as checkpoints

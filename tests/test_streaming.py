@@ -9,8 +9,7 @@ import torch
 from data_files import manifests
 from PIL import Image
 
-from diffusers_hdit.data import streaming
-from diffusers_hdit.data.dataset import load_images, make_loader
+from diffusers_hdit.data import load_images, make_loader, streaming
 
 
 datasets = pytest.importorskip("datasets")
@@ -19,9 +18,7 @@ TOTAL = sum(LENGTHS)
 SPLITS = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (4, 1, 2), (1, 8, 1)]
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -240,3 +237,15 @@ def test_unreadable_images_are_replaced_and_counted(tmp_path):
 def test_no_files_are_left_behind(files, tmp_path):
     numbered(open_files(files), 20)
     assert [path.name.partition("-")[0] for path in manifests(tmp_path)] == ["stream"]
+
+
+def test_max_unreadable(tmp_path):
+    broken = {"bytes": b"no image", "path": None}
+    files = write(tmp_path / "two", [24], row_9=broken, row_17=broken)
+    for allowed in (2, 0.2):
+        with pytest.warns(UserWarning, match="replaced by others"):
+            numbered(open_files(files, max_unreadable=allowed), 3)
+    with pytest.raises(OSError, match="1 of 8 images .* cannot be read; at most 0% may"):
+        numbered(open_files(files, max_unreadable=0), 3)
+    with pytest.warns(UserWarning), pytest.raises(OSError, match="2 of .* cannot be read; at most 1 may"):
+        numbered(open_files(files, max_unreadable=1), 3)

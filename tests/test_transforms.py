@@ -10,13 +10,10 @@ import torch
 from data_files import folder_of, load_one, picture
 from PIL import Image
 
-from diffusers_hdit.data import transforms
-from diffusers_hdit.data.dataset import load_images, to_float
+from diffusers_hdit.data import load_images, to_float, transforms
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # --- Modes and types

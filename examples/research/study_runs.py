@@ -25,7 +25,7 @@ from study import SIGMA_DATA, Row, parts_of
 from torch import Tensor, nn
 
 from diffusers_hdit import diffusion
-from diffusers_hdit.data.dataset import load_images, to_float
+from diffusers_hdit.data import load_images, to_float
 from diffusers_hdit.evaluation import evaluator as evaluation
 from diffusers_hdit.evaluation import metrics
 from diffusers_hdit.pipelines.pipeline_hdit import HDiTPipeline

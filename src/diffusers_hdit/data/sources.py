@@ -165,10 +165,9 @@ class ImageFolder(ImageSource):
                 name = row.get("file_name")
                 if not isinstance(name, str) or not name:
                     raise ValueError(f"{listing!r} in {self.location} needs a file_name in every row; got {row}.")
-                parts = [part for part in (*folder.split("/"), *name.split("/")) if part not in ("", ".")]
-                name = "/".join(parts)
+                name = _join(folder, name)
                 if name not in image_names:  # written on Windows, perhaps
-                    name = name.replace("\\", "/")
+                    name = _join(name.replace("\\", "/"))
                 if name in table:
                     raise ValueError(f"{name!r} stands in two rows of the metadata in {self.location}.")
                 table[name] = row
@@ -407,6 +406,11 @@ def _walk(folder, parts=(), above=()) -> Iterator[tuple[str, ...]]:
             yield from _walk(entry.path, (*parts, entry.name), (*above, real))
         else:
             yield (*parts, entry.name)
+
+
+def _join(*paths: str) -> str:
+    """Join paths with "/", and leave out what names no folder."""
+    return "/".join(part for part in "/".join(paths).split("/") if part not in ("", "."))
 
 
 def _stamp(path):

@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
-from ..utils.files import default_cache_dir, write_json
+from ..utils.files import default_cache_dir, write_atomically
 from .transforms import DTYPES
 
 
@@ -75,10 +76,10 @@ def _decode_all(source, indices) -> Iterator[ImageInfo | str]:
         yield from tqdm(chain.from_iterable(blocks), "Checking images", len(indices), delay=2, leave=False)
 
 
-def manifest_path(purpose: str, key: str, cache_dir) -> str:
+def manifest_path(purpose: str, key: str, cache_dir) -> Path:
     """Return `PURPOSE-HASH.json` in the cache folder, for what is kept under this key."""
     digest = hashlib.sha256(f"{MANIFEST_VERSION} {key}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
-    return os.path.join(default_cache_dir(cache_dir), f"{purpose}-{digest}.json")
+    return default_cache_dir(cache_dir) / f"{purpose}-{digest}.json"
 
 
 def _read_manifest(path, key) -> dict[tuple, ImageInfo]:
@@ -99,6 +100,7 @@ def _read_manifest(path, key) -> dict[tuple, ImageInfo]:
         return {}
 
 
-def write_manifest(path, content) -> None:
+def write_manifest(path: Path, content) -> None:
     with contextlib.suppress(OSError):  # a full or read-only cache costs the next start its speed, nothing else
-        write_json(path, content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(content))
