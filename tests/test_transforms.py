@@ -159,7 +159,13 @@ def test_pages_of_a_tif_are_channels(tmp_path):
         load_images(train_data_dir=tmp_path / "one", resolution=(6, 7), in_channels=4)
     pages = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     found = load_one(tmp_path / "2", pages[0], "p.tif", save={"save_all": True, "append_images": pages[1:]})
-    assert found[:, 0, 0].tolist() == [255, 0, 0], "of several pictures the first"
+    assert found[:, 0, 0].tolist() == [255, 0, 0], "of several images the first"
+
+
+def test_pages_with_palettes_are_colours(tmp_path):
+    pages = [picture(i).quantize(8) for i in range(3)]
+    found = load_one(tmp_path, pages[0], "p.tif", save={"save_all": True, "append_images": pages[1:]})
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), np.asarray(pages[0].convert("RGB")))
 
 
 def test_tif_that_pil_cannot_read(tmp_path):
@@ -201,12 +207,14 @@ def test_exif_orientation(tmp_path, name, orientation):
     assert np.abs(found[:, 4::8, 4::8].permute(1, 2, 0).numpy().astype(int) - upright[4::8, 4::8]).max() < 24
 
 
-def test_orientation_of_16_bits(tmp_path):
+@pytest.mark.parametrize("name, mode", [("a.png", "I;16"), ("a.tif", "I;16"), ("a.tif", "I;16B")])
+def test_orientation_of_16_bits(tmp_path, name, mode):
     upright = np.arange(600, dtype=np.uint16).reshape(20, 30) * 100
     exif = Image.Exif()
     exif[274] = 6
-    image = Image.fromarray(np.ascontiguousarray(np.rot90(upright)))
-    found = load_one(tmp_path, image, resolution=(20, 30), in_channels=1, save={"exif": exif})
+    stored = np.ascontiguousarray(np.rot90(upright)).astype(">u2" if mode == "I;16B" else "<u2")
+    image = Image.frombytes(mode, (20, 30), stored.tobytes())
+    found = load_one(tmp_path, image, name, resolution=(20, 30), in_channels=1, save={"exif": exif})
     assert np.array_equal(found[0].numpy(), upright)
 
 

@@ -250,12 +250,12 @@ class ImageDataset(torch.utils.data.Dataset):
             found.update(number=item.number, index=index)
         return found
 
-    def batch_sampler(self, batch_size, seed, rank=0, world_size=1, micro_steps=1, start=0) -> ResumableBatchSampler:
-        """Return the sampler of a run on these images, see `sampler.py`."""
-        arguments = (batch_size, seed, rank, world_size, micro_steps, start, not self.center_crop)
+    def batch_sampler(self, *args, **options) -> ResumableBatchSampler:
+        """Return the sampler of a run on these images; the arguments are those of [`ResumableBatchSampler`]."""
+        options["crops"] = not self.center_crop
         if self.buckets is None:
-            return ShuffledBatchSampler(len(self), *arguments)
-        return BucketBatchSampler(self.buckets, *arguments)
+            return ShuffledBatchSampler(len(self), *args, **options)
+        return BucketBatchSampler(self.buckets, *args, **options)
 
     def size_of(self, index: int) -> tuple[int, int]:
         """Return (H, W) of an image in a batch."""

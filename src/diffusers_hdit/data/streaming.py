@@ -89,8 +89,9 @@ class StreamedImages(torch.utils.data.Dataset):
         """Return a line with the names of the first classes, for the summary of a run."""
         return self.id2label and f"{len(self.id2label)} classes: {listed(list(self.id2label.values()), limit)}"
 
-    def batch_sampler(self, batch_size, seed, rank=0, world_size=1, micro_steps=1, start=0) -> "StreamBatchSampler":
-        return StreamBatchSampler(self, batch_size, seed, rank, world_size, micro_steps, start, not self.center_crop)
+    def batch_sampler(self, *args, **options) -> "StreamBatchSampler":
+        """Return the sampler of a run on this stream; the arguments are those of [`ResumableBatchSampler`]."""
+        return StreamBatchSampler(self, *args, crops=not self.center_crop, **options)
 
     def check_row(self, row: dict) -> tuple:
         """Return (image as stored, class id or None, normalised condition or None) of a row."""
@@ -258,16 +259,16 @@ class StreamBatchSampler(ResumableBatchSampler):
 
     Args:
         dataset: a [`StreamedImages`].
-        batch_size, seed, rank, world_size, micro_steps, start, crops: as in [`ResumableBatchSampler`].
+        **options: of [`ResumableBatchSampler`].
 
     Raises:
         ValueError: more processes than shards, or a count or rank out of range.
     """
 
-    def __init__(self, dataset, batch_size, seed, rank=0, world_size=1, micro_steps=1, start=0, crops=True):
-        super().__init__(batch_size, seed, rank, world_size, micro_steps, start, crops)
+    def __init__(self, dataset: StreamedImages, *args, **options):
+        super().__init__(*args, **options)
         self.dataset = dataset
-        self.lanes = number_of_lanes(dataset.num_shards, world_size)
+        self.lanes = number_of_lanes(dataset.num_shards, self.world_size)
         self.block = max(1, dataset.shuffle_buffer // self.lanes)
         self.fingerprint = (
             f"stream of {dataset.num_shards} shards in {self.lanes} lanes, blocks of {self.block}, seed {self.seed}"

@@ -93,8 +93,8 @@ def decode(file, min_size: tuple[int, int] | None = None) -> Decoded:
         image.load()
         transpose = UPRIGHT.get(_orientation(image))
         if image.mode == "F" or image.mode.startswith("I"):
-            array = _checked_array(np.asarray(image))
-            array = array if transpose is None else _transpose(array, transpose)
+            array = _checked_array(np.asarray(image))  # native-endian, which PIL transposes right
+            array = array if transpose is None else np.asarray(Image.fromarray(array).transpose(transpose))
             return Decoded(array, array.shape)
         if image.has_transparency_data:
             mode = "RGBA"
@@ -167,11 +167,6 @@ def _checked_array(array: np.ndarray) -> np.ndarray:
             return array.astype(np.uint16)
         raise ValueError(f"integer pixels from {low} to {high}, not within 16 bits; {CONVERT}")
     raise ValueError(f"pixels of type {array.dtype}; {CONVERT}")
-
-
-def _transpose(array: np.ndarray, how: Image.Transpose) -> np.ndarray:
-    index = np.arange(array.size, dtype=np.int32).reshape(array.shape)
-    return array.reshape(-1)[np.asarray(Image.fromarray(index).transpose(how))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
