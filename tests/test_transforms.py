@@ -207,12 +207,12 @@ def test_exif_orientation(tmp_path, name, orientation):
     assert np.abs(found[:, 4::8, 4::8].permute(1, 2, 0).numpy().astype(int) - upright[4::8, 4::8]).max() < 24
 
 
-@pytest.mark.parametrize("name, mode", [("a.png", "I;16"), ("a.tif", "I;16"), ("a.tif", "I;16B")])
-def test_orientation_of_16_bits(tmp_path, name, mode):
-    upright = np.arange(600, dtype=np.uint16).reshape(20, 30) * 100
+@pytest.mark.parametrize("name, mode", [("a.png", "I;16"), ("a.tif", "I;16"), ("a.tif", "I;16B"), ("a.tif", "L")])
+def test_orientation_of_other_modes(tmp_path, name, mode):
+    upright = np.arange(600, dtype=np.uint16).reshape(20, 30) * 100 // (1 if mode != "L" else 255)
     exif = Image.Exif()
     exif[274] = 6
-    stored = np.ascontiguousarray(np.rot90(upright)).astype(">u2" if mode == "I;16B" else "<u2")
+    stored = np.ascontiguousarray(np.rot90(upright)).astype({"I;16B": ">u2", "L": "u1"}.get(mode, "<u2"))
     image = Image.frombytes(mode, (20, 30), stored.tobytes())
     found = load_one(tmp_path, image, name, resolution=(20, 30), in_channels=1, save={"exif": exif})
     assert np.array_equal(found[0].numpy(), upright)

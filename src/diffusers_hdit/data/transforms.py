@@ -71,6 +71,14 @@ def decode(file, min_size: tuple[int, int] | None = None) -> Decoded:
     kind = _kind_of_file(file)
     if kind == "npy":
         return decode_array(np.load(file, allow_pickle=False))
+    if kind == "tiff" and not isinstance(file, io.BytesIO):
+        # Given the name of a file, Pillow (13.0) maps the stored pixels as if they were rotated upright already.
+        with open(file, "rb") as opened:
+            return _decode_image(opened, kind, min_size)
+    return _decode_image(file, kind, min_size)
+
+
+def _decode_image(file, kind, min_size) -> Decoded:
     try:
         image = Image.open(file)
     except Image.UnidentifiedImageError as error:
