@@ -17,7 +17,7 @@ from diffusers_hdit.data import load_images
 FACES = Path(__file__).parents[1] / "examples" / "data" / "fluent_faces_64.png"
 
 
-def picture(seed=0, size=(12, 12)):
+def noise_image(seed=0, size=(12, 12)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
@@ -25,7 +25,7 @@ def folder_of(tmp_path, *names, size=(12, 12)):
     for i, name in enumerate(names):
         path = tmp_path / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture(i, size).save(path)
+        noise_image(i, size).save(path)
     return tmp_path / "images"
 
 
@@ -40,7 +40,7 @@ def load_one(tmp_path, image, name="one.png", resolution=None, **options):
 def saved_rows(tmp_path, columns, features=None, count=3, name="saved"):
     datasets = pytest.importorskip("datasets")
     kinds = datasets.Features({"image": datasets.Image(), **(features or {})}) if features is not None else None
-    rows = {"image": [picture(i) for i in range(count)], **columns}
+    rows = {"image": [noise_image(i) for i in range(count)], **columns}
     path = tmp_path / name
     datasets.Dataset.from_dict(rows, features=kinds).save_to_disk(path)
     return path
@@ -60,7 +60,7 @@ def spoil(path):
 def damaged_png():
     """Whole but for its pixels: the checksum is right, the compressed stream is not."""
     buffer = io.BytesIO()
-    picture().save(buffer, "PNG")
+    noise_image().save(buffer, "PNG")
     content = buffer.getvalue()
     at = content.index(b"IDAT")
     (length,) = struct.unpack(">I", content[at - 4 : at])

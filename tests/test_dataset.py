@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from data_files import FACES, folder_of, picture, saved_rows, spoil
+from data_files import FACES, folder_of, noise_image, saved_rows, spoil
 
 from diffusers_hdit.data import Buckets, image_cache, load_images, make_loader
 from diffusers_hdit.data.sampler import Item
@@ -33,7 +33,7 @@ def test_identity(tmp_path):
     for change in (
         lambda: spoil(moved / "y" / "007.png"),
         lambda: (moved / "y" / "007.png").unlink(),
-        lambda: picture(7, (13, 12)).save(moved / "y" / "007.png"),
+        lambda: noise_image(7, (13, 12)).save(moved / "y" / "007.png"),
     ):
         change()
         with warnings.catch_warnings():
@@ -41,7 +41,7 @@ def test_identity(tmp_path):
             found = load_images(**{**options, "train_data_dir": moved}, cache_dir=tmp_path / "another").identity
         assert found != first
     (moved / "y" / "007.png").unlink()
-    picture(7).save(moved / "y" / "007.png")
+    noise_image(7).save(moved / "y" / "007.png")
     assert load_images(**{**options, "train_data_dir": moved}).identity == first
 
 
@@ -60,7 +60,7 @@ def test_identity_of_datasets(tmp_path):
         saved_rows(tmp_path, {"n": [1, 2, 3]}),
         saved_rows(tmp_path, {"n": [1, 2, 3]}, name="copy"),
         saved_rows(tmp_path, {"n": [1, 2, 3, 4]}, count=4, name="more"),
-        saved_rows(tmp_path, {"n": [1, 2, 3], "image": [picture(i, (13, 12)) for i in range(3)]}, name="other"),
+        saved_rows(tmp_path, {"n": [1, 2, 3], "image": [noise_image(i, (13, 12)) for i in range(3)]}, name="other"),
     ]
     found = [load_images(dataset_name=path, resolution=12).identity for path in paths]
     assert found[0] == found[1] and len(set(found)) == 3
@@ -103,12 +103,12 @@ def equal(one, other):
 
 
 def mixed_folder(tmp_path):
-    """22 pictures of many shapes in two classes."""
+    """22 images of many shapes in two classes."""
     shapes = [(40, 20), (20, 40), (30, 30), (33, 24), (70, 30)]
     for i in range(22):
         path = tmp_path / "mixed" / "xy"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture(i, shapes[i % 5]).save(path)
+        noise_image(i, shapes[i % 5]).save(path)
     return tmp_path / "mixed"
 
 
@@ -247,7 +247,7 @@ def test_memory_that_is_free():
 def test_a_file_that_changes_during_the_run(tmp_path):
     folder = folder_of(tmp_path, "a.png")
     dataset = load_images(train_data_dir=folder, resolution=12)
-    picture(size=(30, 12)).save(folder / "a.png")
+    noise_image(size=(30, 12)).save(folder / "a.png")
     with pytest.raises(OSError, match="'a.png' .* can no longer be read: it has 12x30 pixels now, and had 12x12"):
         dataset[0]
 
@@ -275,7 +275,7 @@ def test_fingerprint_reads_no_image(tmp_path):
     again = load_images(**options, center_crop=True)
     assert again.fingerprint == dataset.fingerprint, "the file's name, size and time are the same"
     os.utime(folder / "a.png", ns=(0, 0))
-    picture(0).save(folder / "a.png")
+    noise_image(0).save(folder / "a.png")
     changed = load_images(**options)
     assert changed.identity == dataset.identity and changed.fingerprint != dataset.fingerprint
     path = saved_rows(tmp_path, {})

@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from data_files import FACES, folder_of, manifests, picture, saved_rows, spoil
+from data_files import FACES, folder_of, manifests, noise_image, saved_rows, spoil
 from PIL import Image, features
 
 from diffusers_hdit.data import ImageSource, load_images, make_loader
@@ -34,7 +34,7 @@ def test_folder_without_labels(tmp_path):
     assert list(dataset[0]) == ["image"]
     image = dataset[dataset.source.names.index("b.png")]["image"]
     assert image.dtype == torch.uint8 and image.shape == (3, 12, 12)
-    assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(picture(0)))
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(noise_image(0)))
     assert torch.equal(dataset[-1]["image"], dataset[8]["image"])
     with pytest.raises(IndexError):
         dataset[9]
@@ -148,7 +148,7 @@ def test_cell_size_is_the_only_one():
 
 
 def test_bad_sheets(tmp_path):
-    picture().save(tmp_path / "s.png")
+    noise_image().save(tmp_path / "s.png")
     with pytest.raises(ValueError, match=r"neither a folder nor a .png sheet with '.*s\.json' beside it"):
         load_images(train_data_dir=tmp_path / "s.png", resolution=12)
     (tmp_path / "s.json").write_text("{}")
@@ -170,7 +170,7 @@ def test_class_labels_keep_their_names(tmp_path):
     assert dataset.id2label == {0: "tulip", 1: "aster", 2: "unused"}
     assert [dataset[i]["label"] for i in range(3)] == [1, 0, 1]
     for i in range(3):
-        assert np.array_equal(dataset[i]["image"].permute(1, 2, 0).numpy(), np.asarray(picture(i)))
+        assert np.array_equal(dataset[i]["image"].permute(1, 2, 0).numpy(), np.asarray(noise_image(i)))
     assert list(load_images(dataset_name=str(path), resolution=12)[0]) == ["image"]
     missing = saved_rows(tmp_path, {"flower": [1, -1, 1]}, features, name="missing")
     with pytest.raises(ValueError, match="1 of 3 labels are of no class, such as -1"):
@@ -208,7 +208,9 @@ def test_missing_columns_and_splits(tmp_path):
 def test_saved_splits(tmp_path):
     datasets = pytest.importorskip("datasets")
     parts = {"train": 3, "validation": 2}
-    made = {name: datasets.Dataset.from_dict({"image": [picture(i) for i in range(n)]}) for name, n in parts.items()}
+    made = {
+        name: datasets.Dataset.from_dict({"image": [noise_image(i) for i in range(n)]}) for name, n in parts.items()
+    }
     datasets.DatasetDict(made).save_to_disk(tmp_path / "saved")
     for name, n in parts.items():
         assert len(load_images(dataset_name=tmp_path / "saved", split=name, resolution=12)) == n
@@ -250,7 +252,7 @@ def test_second_start_trusts_a_checked_dataset(tmp_path):
 
 
 def test_rows_without_an_image(tmp_path):
-    path = saved_rows(tmp_path, {"image": [picture(), None]}, {})
+    path = saved_rows(tmp_path, {"image": [noise_image(), None]}, {})
     with pytest.raises(ValueError, match=r"1 of 2 images in .*'row 1' \(ValueError: the row has no image\)"):
         load_images(dataset_name=path, resolution=12)
 
@@ -373,7 +375,7 @@ def test_folders_of_several_depths(tmp_path):
 
 def test_whatever_pillow_opens_is_an_image(tmp_path, recwarn):
     names = ["a.png", "b.jfif", "c.jpe", "d.ppm", "e.tga", "f.PCX"]
-    image = picture()
+    image = noise_image()
     (tmp_path / "images").mkdir()
     for name in names:
         image.save(tmp_path / "images" / name, "JPEG" if name[2:] in ("jfif", "jpe") else None)
@@ -402,7 +404,7 @@ def test_files_that_are_left_out_are_named(tmp_path):
 def test_structs_of_bytes_and_path_are_images(tmp_path):
     datasets = pytest.importorskip("datasets")
     buffer = io.BytesIO()
-    picture().save(buffer, "PNG")
+    noise_image().save(buffer, "PNG")
     folder = folder_of(tmp_path, "a.png")
     for number, rows in enumerate(
         (
@@ -416,7 +418,7 @@ def test_structs_of_bytes_and_path_are_images(tmp_path):
         made.save_to_disk(tmp_path / f"saved-{number}")
         dataset = load_images(dataset_name=tmp_path / f"saved-{number}", resolution=12, label_column="label")
         for i in range(len(rows)):
-            assert np.array_equal(dataset[i]["image"].permute(1, 2, 0).numpy(), np.asarray(picture()))
+            assert np.array_equal(dataset[i]["image"].permute(1, 2, 0).numpy(), np.asarray(noise_image()))
         (tmp_path / f"{number}").mkdir()
         made.to_parquet(tmp_path / f"{number}" / "train.parquet")
         stream = load_images(dataset_name=tmp_path / f"{number}", resolution=12, streaming=True)
@@ -430,7 +432,7 @@ def test_structs_of_bytes_and_path_are_images(tmp_path):
 def test_a_dataset_without_a_train_split(tmp_path, streaming):
     datasets = pytest.importorskip("datasets")
     made = datasets.Dataset.from_dict(
-        {"image": [picture(i) for i in range(3)]}, features=datasets.Features({"image": datasets.Image()})
+        {"image": [noise_image(i) for i in range(3)]}, features=datasets.Features({"image": datasets.Image()})
     )
     (tmp_path / "rows").mkdir()
     made.to_parquet(tmp_path / "rows" / "test-0.parquet")
@@ -472,6 +474,6 @@ def test_a_source_of_ones_own(tmp_path):
     assert dataset.class_counts == {"cat": 1, "dog": 2} and dataset.fingerprint and dataset.identity
     batch = next(iter(make_loader(dataset, batch_size=3, seed=0)))
     for image, index in zip(batch["image"], batch["index"], strict=True):
-        assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(picture(int(index))))
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(noise_image(int(index))))
     with pytest.raises(ValueError, match="either train_data_dir or dataset_name"):
         load_images(source=ZipSource(tmp_path / "images.zip"), train_data_dir=folder, resolution=12)

@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from data_files import folder_of, load_one, picture
+from data_files import folder_of, load_one, noise_image
 from PIL import Image
 
 from diffusers_hdit.data import load_images, to_float, transforms
@@ -163,7 +163,7 @@ def test_pages_of_a_tif_are_channels(tmp_path):
 
 
 def test_pages_with_palettes_are_colours(tmp_path):
-    pages = [picture(i).quantize(8) for i in range(3)]
+    pages = [noise_image(i).quantize(8) for i in range(3)]
     found = load_one(tmp_path, pages[0], "p.tif", save={"save_all": True, "append_images": pages[1:]})
     assert np.array_equal(found.permute(1, 2, 0).numpy(), np.asarray(pages[0].convert("RGB")))
 
@@ -219,8 +219,8 @@ def test_orientation_of_other_modes(tmp_path, name, mode):
 
 
 def test_broken_exif_does_not_cost_the_image(tmp_path):
-    found = load_one(tmp_path, picture(), save={"exif": b"Exif\0\0nonsense"})
-    assert np.array_equal(found.permute(1, 2, 0).numpy(), np.asarray(picture()))
+    found = load_one(tmp_path, noise_image(), save={"exif": b"Exif\0\0nonsense"})
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), np.asarray(noise_image()))
 
 
 def test_first_frame_of_an_animation(tmp_path):
@@ -233,7 +233,7 @@ def test_first_frame_of_an_animation(tmp_path):
 
 
 def test_height_comes_first(tmp_path):
-    image = picture(size=(48, 24))
+    image = noise_image(size=(48, 24))
     half = load_one(tmp_path, image, resolution=(12, 24))
     assert half.shape == (3, 12, 24)
     expected = np.asarray(image.resize((24, 12), Image.Resampling.LANCZOS))
@@ -241,7 +241,7 @@ def test_height_comes_first(tmp_path):
 
 
 def test_places_of_a_crop(tmp_path):
-    image = picture(size=(48, 24))
+    image = noise_image(size=(48, 24))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     dataset = load_images(train_data_dir=folder_of(tmp_path, "a.png", size=(48, 24)), resolution=24)
     for x, left in ((0, 0), (0.5, 12), (1, 24), (0.999, 24)):
@@ -265,7 +265,7 @@ def test_places_of_a_crop(tmp_path):
 
 def faint(size):
     """Without what Lanczos would carry beyond white or black: PIL cuts it off between the two directions, too."""
-    return Image.fromarray(np.asarray(picture(size=size)) // 3 + 85)
+    return Image.fromarray(np.asarray(noise_image(size=size)) // 3 + 85)
 
 
 def lanczos(image, size):
@@ -300,7 +300,7 @@ def test_a_window_of_the_whole_is_the_window(tmp_path):
         cover = transforms.cover_size(size, target)
         if cover[0] * cover[1] > 4 * target[0] * target[1]:
             continue
-        image = picture(checked, size[::-1])
+        image = noise_image(checked, size[::-1])
         whole = transforms.scale(image, size, target, (0, 0, *cover))
         top, left = transforms.crop_offset(cover, target, tuple(rng.random(2)))
         window = transforms.scale(image, size, target, (top, left, *target))
@@ -348,7 +348,7 @@ def test_any_size_makes_the_resolution():
 
 def test_small_images_are_counted(tmp_path):
     folder = folder_of(tmp_path, "a.png", "b.png")
-    picture(size=(16, 12)).save(folder / "c.png")
+    noise_image(size=(16, 12)).save(folder / "c.png")
     for _ in range(2):  # the second time from the manifest
         with pytest.warns(UserWarning, match="2 of 3 images are smaller than 12x16 and will be enlarged"):
             load_images(train_data_dir=folder, resolution=(12, 16))

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from data_files import damaged_png, folder_of, manifests, picture, spoil
+from data_files import damaged_png, folder_of, manifests, noise_image, spoil
 
 from diffusers_hdit.data import load_images
 
@@ -21,8 +21,8 @@ def test_one_unreadable_image_is_skipped(tmp_path):
         assert len(dataset) == 149 and dataset.skipped == ["b/077.png"]
         assert [dataset[i]["label"] for i in range(149)] == [0] * 75 + [1] * 74
         found = dataset[75 + 38]["image"].permute(1, 2, 0).numpy()  # 079 has taken the place of 077
-        assert np.array_equal(found, np.asarray(picture(79)))
-    picture(77).save(folder / "b" / "077.png")
+        assert np.array_equal(found, np.asarray(noise_image(79)))
+    noise_image(77).save(folder / "b" / "077.png")
     assert len(load_images(train_data_dir=folder, resolution=12)) == 150
 
 
@@ -94,7 +94,7 @@ def test_only_what_changed_is_decoded_again(tmp_path):
     folder = folder_of(tmp_path, "a.png", "b.png")
     load_images(train_data_dir=folder, resolution=12)
     spoil(folder / "a.png")
-    picture(5).save(folder / "c.png")
+    noise_image(5).save(folder / "c.png")
     assert len(load_images(train_data_dir=folder, resolution=12)) == 3
 
 

@@ -20,13 +20,14 @@ MANY_SINGLE_IMAGES = 5
 # Labels
 
 
-def number_labels(labels: Sequence | None, class_names: Sequence[str] | None = None):
+def number_labels(labels: Sequence | None, class_names: Sequence[str] | None = None, what: str = "the labels"):
     """
     Convert labels to class ids.
 
     Args:
         labels: N texts, which are numbered in sorted order; or N integers from 0, which are class ids already.
         class_names: the names of all classes, where integers have such.
+        what: the labels are called so in errors.
 
     Returns:
         (N,) int64 and {id: name}; (None, None) without labels.
@@ -41,22 +42,22 @@ def number_labels(labels: Sequence | None, class_names: Sequence[str] | None = N
     wrong = [label for label in labels if not isinstance(label, int) or label < 0]
     if wrong:
         raise ValueError(
-            f"{len(wrong)} of {len(labels)} labels are of no class, such as {wrong[0]!r}: "
+            f"{what}: {len(wrong)} of {len(labels)} labels are of no class, such as {wrong[0]!r}: "
             "labels must be all strings, or all integers from 0."
         )
     if class_names is None:
         if max(labels) > MAX_INTEGER_LABEL:
             raise ValueError(
-                f"integer labels are class ids and go up to {MAX_INTEGER_LABEL}; got {max(labels)}. "
+                f"{what}: integer labels are class ids and go up to {MAX_INTEGER_LABEL}; got {max(labels)}. "
                 "Number the classes from 0, or store them as strings."
             )
         class_names = [str(i) for i in range(max(labels) + 1)]
     elif max(labels) >= len(class_names):
-        raise ValueError(f"label {max(labels)} is of no class: the column names {len(class_names)} of them, from 0.")
+        raise ValueError(f"{what}: {max(labels)} is of no class; the column names {len(class_names)} of them, from 0.")
     return np.asarray(labels, np.int64), dict(enumerate(class_names))
 
 
-def number_untyped_labels(labels: Sequence):
+def number_untyped_labels(labels: Sequence, what: str = "the labels"):
     """
     Convert labels from a file whose texts may be numbers, see [`number_labels`].
 
@@ -68,14 +69,14 @@ def number_untyped_labels(labels: Sequence):
     """
     classes = set(labels) if all(isinstance(label, str) for label in labels) else ()
     if not classes:
-        return number_labels(labels)
+        return number_labels(labels, what=what)
     try:
         wrong = sorted(text for text in classes if not 0 <= float(text) < math.inf)
     except ValueError:
         wrong = []
     if wrong:
         raise ValueError(
-            f"all labels are numbers, and {listed(wrong, 3)} cannot number a class. Label these images, remove them "
+            f"{what}: all are numbers, and {listed(wrong, 3)} cannot number a class. Label these images, remove them "
             "from the data set, or give the classes names."
         )
     whole = all(re.fullmatch("[0-9]{1,18}", text) for text in classes)
@@ -126,13 +127,15 @@ def as_vector(value) -> list[float]:
     return [float(v) for v in values]
 
 
-def read_conditions(columns: dict[str, Sequence], names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+def read_conditions(
+    columns: dict[str, Sequence], names: Sequence[str], location: str = "the source"
+) -> tuple[np.ndarray, list[str]]:
     """
     Read columns of numbers, or of vectors of one length each.
 
     Args:
         columns: {name: N values}.
-        names: what each of the N rows is called in errors.
+        names: what each of the N rows is called in errors, and `location` the data set.
 
     Returns:
         (N, D) float64, and D names: the column's for a number; `v[0]`, `v[1]`, ... for a column v of vectors.
@@ -150,14 +153,14 @@ def read_conditions(columns: dict[str, Sequence], names: Sequence[str]) -> tuple
                 wrong.append(f"{name!r} ({value!r})")
         if wrong:
             raise ValueError(
-                f"condition column {column!r}: {len(wrong)} of {len(names)} rows have no finite number or list of "
+                f"condition column {column!r} of {location}: {len(wrong)} of {len(names)} rows have no finite number or list of "
                 f"numbers: {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}. Repair or remove these rows."
             )
         lengths = sorted({len(row) for row in rows})
         if len(lengths) > 1:
             short = next(n for n, row in zip(names, rows, strict=True) if len(row) == lengths[0])
             raise ValueError(
-                f"condition column {column!r} has vectors of {lengths[0]} to {lengths[-1]} numbers (the shortest: "
+                f"condition column {column!r} of {location} has vectors of {lengths[0]} to {lengths[-1]} numbers (the shortest: "
                 f"{short!r}); all must have one length."
             )
         blocks.append(np.asarray(rows, np.float64))

@@ -336,7 +336,7 @@ def _open_files(train_data_dir, label_column, condition_columns, split, class_fo
 
 def _read_conditions(source, given) -> tuple[np.ndarray, list[str]]:
     """Return all values (N, D) and their names; the source's texts are dropped, since workers need not have them."""
-    values, entries = read_conditions(source.conditions, source.names)
+    values, entries = read_conditions(source.conditions, source.names, source.location)
     source.conditions = None
     _statistics(values, entries, given)
     return values, entries

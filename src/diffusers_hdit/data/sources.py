@@ -129,21 +129,24 @@ class ImageFolder(ImageSource):
                     f"metadata.jsonl in it, with a column file_name; {self.location} has none."
                 )
             self.conditions = {name: self._column(table, name, "condition_columns") for name in condition_columns}
-        if label_column is None:
-            return
-        columns = {column for row in table.values() for column in row} - {"file_name"}
-        if class_folder_depth is None and (label_column in columns or (listings and label_column != FOLDER_LABEL)):
-            labels = self._column(table, label_column, "label_column")
-            self.labels, self.id2label = number_untyped_labels(labels)
-        else:
-            if class_folder_depth is None and columns - set(condition_columns or ()):
-                warnings.warn(
-                    f"the metadata in {self.location} has no column {label_column!r} (its columns: {sorted(columns)}): "
-                    "the sub-folders are taken as classes."
-                )
-            self.labels, self.id2label = number_labels(
-                class_folders(folders, class_folder_depth, self.names, self.location)
+        if label_column is not None:
+            self.labels, self.id2label = self._read_labels(
+                label_column, table, folders, class_folder_depth, bool(listings)
             )
+
+    def _read_labels(self, column, table, folders, class_folder_depth, has_metadata):
+        """Return the labels in a column of the metadata, or else the sub-folders, as class ids and {id: name}."""
+        known = {key for row in table.values() for key in row} - {"file_name"}
+        if class_folder_depth is None:
+            if column in known or (has_metadata and column != FOLDER_LABEL):
+                labels = self._column(table, column, "label_column")
+                return number_untyped_labels(labels, f"{column!r} of {self.location}")
+            if known - set(self.conditions or ()):
+                warnings.warn(
+                    f"the metadata in {self.location} has no column {column!r} (its columns: {sorted(known)}): the "
+                    "sub-folders are taken as classes."
+                )
+        return number_labels(class_folders(folders, class_folder_depth, self.names, self.location))
 
     def content(self) -> bytes:
         return repr([(name, size) for name, (size, _) in zip(self.names, self.stamps, strict=True)]).encode(
@@ -224,7 +227,8 @@ class ImageGrid(ImageSource):
         self.cell = cell_size(*self.image.size, len(entries), self.location)
         self.names = [f"cell {i}" for i in range(len(entries))]
         self.labels, self.id2label = number_labels(
-            None if label_column is None else [entry[label_column] for entry in entries]
+            None if label_column is None else [entry[label_column] for entry in entries],
+            what=f"{label_column!r} of {self.location}",
         )
         self.conditions = {name: [entry[name] for entry in entries] for name in condition_columns or ()} or None
 
@@ -269,7 +273,7 @@ class HuggingFaceDataset(ImageSource):
         self.names = [f"row {i}" for i in range(len(rows))]
         labels = rows[label_column][:] if label_column is not None else None
         class_names = getattr(rows.features.get(label_column), "names", None)
-        self.labels, self.id2label = number_labels(labels, class_names)
+        self.labels, self.id2label = number_labels(labels, class_names, f"{label_column!r} of {self.location}")
         self.conditions = {column: rows[column][:] for column in condition_columns or ()} or None
         # Other columns are dropped: a row read brings them all along.
         self.column = image_column

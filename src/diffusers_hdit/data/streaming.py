@@ -75,7 +75,8 @@ class StreamedImages(torch.utils.data.Dataset):
             raise ValueError(f"no images in {location}.") from None
         self.condition_columns = None
         if condition_columns:
-            _, entries = read_conditions({column: [first[column]] for column in condition_columns}, ["the first row"])
+            found = {column: [first[column]] for column in condition_columns}
+            _, entries = read_conditions(found, ["the first row"], location)
             self.condition_columns = check_statistics(condition_statistics, entries)
         self.dtype = self._dtype_of_first(first)
         self.check_row(first)
@@ -105,7 +106,7 @@ class StreamedImages(torch.utils.data.Dataset):
                 )
         if self.condition_columns is not None:
             found = {column: [row[column]] for column in self.condition_names}
-            values, entries = read_conditions(found, [f"a row of {self.location}"])
+            values, entries = read_conditions(found, ["a row"], self.location)
             if entries != self.condition_columns["names"]:
                 raise ValueError(f"the condition columns of {self.location} are {entries} in one row, others before.")
             vector = normalise(values[0], self.condition_columns)
@@ -328,7 +329,7 @@ class _Shards:
             with open(self.path, encoding="utf-8") as file:
                 found = {int(shard): int(length) for shard, length in json.load(file)["lengths"]}
             return found if all(0 <= s < self.count and n >= 0 for s, n in found.items()) else {}
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
             return {}
 
 

@@ -96,7 +96,7 @@ def _read_manifest(path, key) -> dict[tuple, ImageInfo]:
         kinds = ("image", *DTYPES)
         sound = all(i.kind in kinds and len(i.shape) in (2, 3) and min(i.shape) > 0 for i in images.values())
         return images if sound else {}
-    except (OSError, ValueError, TypeError, KeyError, OverflowError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return {}
 
 
