@@ -14,7 +14,7 @@ from PIL import Image
 from diffusers_hdit.data import load_images
 
 
-FACES = Path(__file__).parents[1] / "examples" / "data" / "fluent_faces_64.png"
+FACES = Path(__file__).parents[1] / "src" / "diffusers_hdit" / "data" / "fluent_faces_64.png"
 
 
 def noise_image(seed=0, size=(12, 12)):
