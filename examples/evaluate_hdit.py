@@ -18,7 +18,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from diffusers_hdit import HDiTPipeline
-from diffusers_hdit.data.dataset import load_images
+from diffusers_hdit.data import load_images
 from diffusers_hdit.evaluation import evaluator as evaluation
 from diffusers_hdit.evaluation import metrics
 from diffusers_hdit.evaluation.feature_extractors import NETWORKS

@@ -22,7 +22,7 @@ from accelerate import PartialState
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusers_hdit import HDiTPipeline
-from diffusers_hdit.data.dataset import load_images
+from diffusers_hdit.data import load_images
 from diffusers_hdit.evaluation.generate import draw_many, image_seed
 
 

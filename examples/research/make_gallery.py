@@ -28,7 +28,7 @@ from diffusers_hdit import (
     probability_flow,
     upscaling,
 )
-from diffusers_hdit.data.dataset import load_images
+from diffusers_hdit.data import load_images
 
 
 FACES = Path(__file__).parents[1] / "data" / "fluent_faces_64.png"

@@ -127,10 +127,15 @@ class TrainingConfig:
     dataset_name: str | None = data(None, "a Hugging Face dataset (Hub or local folder), or fluent-faces, which comes "
                                     "with this package", per_run=True)  # fmt: skip
     dataset_config_name: str | None = data(None)
+    split: str = data(
+        "train", "of a data set, or of a folder with sub-folders such as train and test; all: every image"
+    )
     streaming: bool = data(False, "read a --dataset_name as it arrives, without a copy on disk", resume="fork")
     cache_dir: str | None = data(None)
     image_column: str = data("image")
     label_column: str | None = data(None, "train with class labels from this column")
+    class_folder_depth: int | None = data(None, "which sub-folders are the classes: 1 for the outermost, -1 for the one "
+                                          "that an image is in; default: the innermost whose names differ")  # fmt: skip
     condition_columns: list[str] | None = data(None, "train with the numbers or vectors in these columns",
                                                parse=comma_separated)  # fmt: skip
     condition_statistics: dict | None = data(None, 'for streams, JSON file: {"mean": [...], "std": [...]}',
@@ -143,6 +148,8 @@ class TrainingConfig:
     augment_prob: float = data(0.0, "non-leaking augmentation: probability of each transform", at_least=0, at_most=1,
                                resume="fork")  # fmt: skip
     cache_images: str = data("auto", "keep decoded images in memory", choices=("auto", "yes", "no"))
+    max_unreadable: float = data(0.01, "leave out unreadable images up to this share (below 1) or number (from 1)",
+                                 at_least=0)  # fmt: skip
     dataloader_num_workers: int = data(0, at_least=0)
 
     train_batch_size: int = option(16, "images per step and device", at_least=1)
