@@ -77,6 +77,37 @@ def test_relative_links_lead_somewhere(page):
             assert anchor in heading_ids(file.read_text()), f"{page} links to {target}"
 
 
+def modules_of_the_package() -> set[str]:
+    package = REPOSITORY / "src" / "diffusers_hdit"
+    files = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.suffix in (".py", ".cpp", ".h")}
+    # A room's __init__.py is named only if it has something to say.
+    return {f for f in files if not (f.count("/") and f.endswith("__init__.py") and not (package / f).read_text())}
+
+
+def test_the_map_of_modules_is_complete():
+    """docs/architecture.md has one line for each module, and none for a module that does not exist."""
+    page = (REPOSITORY / "docs" / "architecture.md").read_text()
+    block = re.search(r"^```\nsrc/diffusers_hdit/\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)[1]
+    folder, named = [], []
+    for line in block.splitlines():
+        depth, (name, _, description) = (len(line) - len(line.lstrip())) // 2 - 1, line.strip().partition(" ")
+        if name.endswith("/"):
+            folder = [*folder[:depth], name]
+            continue
+        named.append("".join(folder[:depth]) + name)
+        assert description.strip(), f"{name} has no description"
+        assert len(line) <= 119
+    assert sorted(named) == sorted(modules_of_the_package())
+
+
+def test_modules_named_elsewhere_in_architecture_exist():
+    page = (REPOSITORY / "docs" / "architecture.md").read_text()
+    page = re.sub(r"^```.*?^```$", "", page, flags=re.DOTALL | re.MULTILINE)
+    for name in re.findall(r"`((?:[\w.]+/)*[\w.]+\.py|(?:[\w.]+/)+)`", page):
+        places = [REPOSITORY / name, REPOSITORY / "src" / "diffusers_hdit" / name]
+        assert any(place.exists() for place in places), name
+
+
 def test_documentation_says_dtype():
     for page in PAGES:
         assert "torch_dtype=" not in (REPOSITORY / page).read_text() or page.name == "CHANGELOG.md", page
