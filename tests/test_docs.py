@@ -1,14 +1,20 @@
 """The documentation, the workflows and the metadata that a visitor of the repository sees."""
 
 import configparser
+import importlib
 import importlib.util
+import inspect
+import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import yaml
 from conftest import REPOSITORY
+
+import diffusers_hdit
 
 
 YAML_FILES = [
@@ -79,7 +85,9 @@ def test_relative_links_lead_somewhere(page):
 
 def modules_of_the_package() -> set[str]:
     package = REPOSITORY / "src" / "diffusers_hdit"
-    files = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.suffix in (".py", ".cpp", ".h")}
+    files = {
+        path.relative_to(package).as_posix() for path in package.rglob("*") if path.suffix in (".py", ".cpp", ".h")
+    }
     # A room's __init__.py is named only if it has something to say.
     return {f for f in files if not (f.count("/") and f.endswith("__init__.py") and not (package / f).read_text())}
 
@@ -122,3 +130,64 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     index = (tmp_path / "site" / "api" / "models" / "index.html").read_text()
     assert 'id="diffusers_hdit.models.modeling_hdit.HDiTModel"' in index
+
+
+def test_the_quickstart_notebook_runs(tmp_path):
+    """Its code cells run one after another, with fewer steps, in a process and a folder of their own."""
+    notebook = json.loads((REPOSITORY / "examples" / "quickstart.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    code, shortened = re.subn(r"^STEPS = \d+", "STEPS = 4", "\n\n".join(cells), flags=re.MULTILINE)
+    assert shortened == 1
+    (tmp_path / "quickstart.py").write_text(
+        code + "\n\nassert images and (Path(OUTPUT_DIR) / 'model_index.json').exists()\n"
+    )
+    subprocess.run([sys.executable, "quickstart.py"], cwd=tmp_path, check=True, timeout=300)
+
+
+def documented() -> list[str]:
+    """The modules and classes that the API reference has a `:::` line for."""
+    pages = (path.read_text() for path in sorted((REPOSITORY / "docs" / "api").glob("*.md")))
+    return re.findall(r"^::: (\S+)$", "\n".join(pages), flags=re.MULTILINE)
+
+
+def test_the_api_reference_has_every_public_name():
+    paths = documented()
+    for name in diffusers_hdit.__all__:
+        value = getattr(diffusers_hdit, name)
+        path = value.__name__ if inspect.ismodule(value) else f"{value.__module__}.{value.__qualname__}"
+        assert path in paths or path.rpartition(".")[0] in paths, name
+
+
+def public_functions(value) -> Iterator[tuple[str, Callable]]:
+    """Yield what a module or class of this package defines itself, classes with their methods."""
+    for name, member in vars(value).items():
+        function = inspect.unwrap(getattr(member, "__func__", getattr(member, "fget", member)))
+        if not (getattr(function, "__module__", None) or "").startswith("diffusers_hdit"):
+            continue
+        if name.startswith("_") and name not in ("__init__", "__call__"):
+            continue
+        if inspect.isclass(function):
+            if inspect.ismodule(value) and function.__module__ == value.__name__:
+                yield from public_functions(function)
+        elif inspect.isfunction(function) and (inspect.isclass(value) or function.__module__ == value.__name__):
+            yield f"{function.__module__}.{function.__qualname__}", function
+
+
+@pytest.mark.parametrize("path", documented())
+def test_public_functions_are_annotated(path):
+    """The package is typed (py.typed), so parameters and results of its public functions have annotations."""
+    module, _, name = path.rpartition(".")
+    try:
+        value = importlib.import_module(path)
+    except ModuleNotFoundError:
+        value = getattr(importlib.import_module(module), name)
+    missing = []
+    for function_name, function in public_functions(value):
+        signature = inspect.signature(function)
+        for parameter in signature.parameters.values():
+            variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            if parameter.annotation is parameter.empty and not variadic and parameter.name not in ("self", "cls"):
+                missing.append(f"{function_name}: {parameter.name}")
+        if signature.return_annotation is signature.empty and function.__name__ != "__init__":
+            missing.append(f"{function_name}: what it returns")
+    assert not missing, "\n".join(missing)
