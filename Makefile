@@ -13,9 +13,9 @@ demo: demo/samples.png
 
 demo/samples.png: $(DEMO)/model_index.json
 	$(BIN)/python examples/sample_hdit.py --pipeline $(DEMO) --output $@ --guidance_scale 2 \
-		--real_images examples/data/fluent_faces_64.png
+		--real_images src/diffusers_hdit/data/fluent_faces_64.png
 
-# Interrupted, the demo resumes from its last checkpoint.
+# If it is interrupted, `make demo` resumes from the last checkpoint.
 $(DEMO)/model_index.json: | $(VENV)/.installed
 	$(BIN)/python examples/train_hdit.py --config examples/configs/tiny.json --output_dir $(DEMO) \
 		--resume_from_checkpoint latest
