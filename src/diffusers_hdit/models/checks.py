@@ -109,11 +109,16 @@ def check_choice(name: str, value: str | bool, allowed: Sequence) -> None:
 
 
 def check_counts(config: Mapping, *names: str) -> None:
-    """Check that the arguments `names`, where they are not None, are at least 1, and those that a network can lack 0."""
-    for name in (*names, "augment_cond_dim", "mapping_cond_dim", "conditioning_channels"):
-        least = 1 if name in names else 0
-        if config[name] is not None and config[name] < least:
-            raise ValueError(f"{name} must be at least {least}, got {config[name]}.")
+    """Check that channels, classes and the arguments `names` are positive, and that sizes of conditions are not negative."""
+    for name in ("in_channels", "out_channels", "num_classes", *names):
+        check_at_least(1, name, config[name])
+    for name in ("augment_cond_dim", "mapping_cond_dim", "conditioning_channels"):
+        check_at_least(0, name, config[name])
+
+
+def check_at_least(least: int, name: str, value: int | None) -> None:
+    if value is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The Hourglass Diffusion Transformer, from the patches in to the patches out, in the order of the paper.
+"""The Hourglass Diffusion Transformer, from patch in to patch out, in the order of the paper.
 
 Crowson et al., "Scalable High-Resolution Pixel-Space Image Synthesis with Hourglass Diffusion Transformers",
 ICML 2024, arXiv 2401.11605.
@@ -104,9 +104,8 @@ class TokenSplitWithSkip(TokenSplit):
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
-        self.fac = nn.Parameter(
-            torch.full((1,), 0.5)
-        )  # the lerp weight, under its name in the reference's checkpoints
+        # The lerp weight; the reference's checkpoints call it `fac`.
+        self.fac = nn.Parameter(torch.full((1,), 0.5))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = super().forward(x)
@@ -632,7 +631,7 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, AttentionMixin, ConfigMixi
         self.levels = resolve_levels(self.config, tuple(ATTENTION_PROCESSORS))
         check_design_choices(self.config, self.levels, DESIGN_CHOICES)
         self.patch_size = pair("patch_size", patch_size)
-        check_counts(self.config, "in_channels", "mapping_width", "num_classes")
+        check_counts(self.config, "mapping_width")
         if self_conditioning and out_channels not in (None, in_channels):
             raise ValueError(
                 "self_conditioning=True shows the network its own output, which must then be an image like its input; got "
@@ -692,7 +691,7 @@ class HDiTModel(CarriesCode, SafeWeights, ModelMixin, AttentionMixin, ConfigMixi
         """
         Args:
             sample (`(B, C, H, W)`): noised image, already multiplied by c_in.
-            timestep (number or `(B,)`): c_noise = ln(sigma) / 4, what Diffusers' EDM schedulers hand over.
+            timestep (number or `(B,)`): c_noise = ln(sigma) / 4, which is the timestep of Diffusers' EDM schedulers.
             class_labels (`(B,)` int64, *optional*): `num_classes` or None mean "no label".
             augment_cond (`(B, augment_cond_dim)`, *optional*): zeros (not augmented) if not given.
             mapping_cond (`(B, mapping_cond_dim)`, *optional*): adds nothing if not given.
