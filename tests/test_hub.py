@@ -886,7 +886,7 @@ def test_no_local_paths_in_what_is_pushed(hub, make_pipeline, tmp_path):
     ],
 )
 def test_carried_files_are_whole(cls):
-    source = remote_code.carried_source(cls)
+    source = remote_code.remote_code_of(cls)
     tree = ast.parse(source)
     assert source.startswith(f"# Code of diffusers-hdit {diffusers_hdit.__version__}")
     relative = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
@@ -894,7 +894,7 @@ def test_carried_files_are_whole(cls):
     assert not dynamic_names(source), "Diffusers would look for these files in the repository"
     # Of a module that is not written out, there is only what takes its place.
     for node in ast.walk(ast.parse(Path(sys.modules[cls.__module__].__file__).read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module in remote_code.NOT_WRITTEN_OUT:
+        if isinstance(node, ast.ImportFrom) and node.module in remote_code.STUBBED_IMPORTS:
             assert [name.name for name in node.names] == ["HDiTModel"]
     # Modules that stand in one file must not define a name twice.
     defined = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
@@ -943,12 +943,12 @@ def test_guard_imported_modules_are_found_by_name():
 def test_guard_saving_goes_through_save_config_and_to_json_string(make_pipeline, tmp_path, monkeypatch):
     calls = []
     for name in ("save_config", "to_json_string"):
-        original = getattr(remote_code.CarriesCode, name)
+        original = getattr(remote_code.RemoteCodeMixin, name)
         spy = lambda self, *args, name=name, original=original, **kwargs: (  # noqa: E731
             calls.append((type(self).__name__, name)),
             original(self, *args, **kwargs),
         )[1]
-        monkeypatch.setattr(remote_code.CarriesCode, name, spy)
+        monkeypatch.setattr(remote_code.RemoteCodeMixin, name, spy)
     make_pipeline().save_pretrained(tmp_path)
     for cls in ("HDiTModel", "HDiTPipeline"):
         for name in ("save_config", "to_json_string"):

@@ -3,7 +3,7 @@
 import importlib
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # Where each public name is. Imported on first use, so that
 # `import diffusers_hdit` stays quick.

@@ -18,7 +18,7 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
-from ..utils.remote_code import CarriesCode, SafeWeights
+from ..utils.remote_code import RemoteCodeMixin, SafeWeights
 from .checks import check_counts, check_inputs, pair
 
 
@@ -74,7 +74,7 @@ def zero_linear(in_features: int, out_features: int) -> nn.Linear | None:
     return linear
 
 
-class PixelBaseline(CarriesCode, SafeWeights, ModelMixin, ConfigMixin):
+class PixelBaseline(RemoteCodeMixin, SafeWeights, ModelMixin, ConfigMixin):
     """
     The common base of the baselines: their `forward`, and what pipelines and training need of a network.
 

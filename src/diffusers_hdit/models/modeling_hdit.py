@@ -30,7 +30,7 @@ from ..ops.fused import geglu, rms_norm
 from ..ops.linear import Linear
 from ..ops.neighborhood import BACKENDS, cosine_neighborhood_attention, unavailable_reason
 from ..ops.plans import plan
-from ..utils.remote_code import CarriesCode, SafeWeights, package_module
+from ..utils.remote_code import RemoteCodeMixin, SafeWeights, package_module
 from .ablations import (
     ABLATION_ACTIVATIONS,
     ABLATION_NORMS,
@@ -539,7 +539,7 @@ def make_blocks(level: Level, cond_dim: int, first_index: int = 0) -> nn.ModuleL
 # The network
 
 
-class HDiTModel(CarriesCode, SafeWeights, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     r"""
     The Hourglass Diffusion Transformer: a transformer in the shape of a U-Net that denoises images in pixel space.
 

@@ -21,7 +21,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from ..models.modeling_hdit import HDiTModel
-from ..utils.remote_code import PipelineCarriesCode, package_module
+from ..utils.remote_code import PipelineRemoteCodeMixin, package_module
 from .denoising import Denoising
 from .guidance import AdaptiveProjection, Guidance
 
@@ -30,7 +30,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Labels = int | str | Sequence[int] | Sequence[str] | Tensor
 
 
-class HDiTPipeline(PipelineCarriesCode, Denoising, DiffusionPipeline):
+class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
     r"""
     Draws images with a Hourglass Diffusion Transformer, directly in pixels.
 

@@ -14,10 +14,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..utils.remote_code import CarriesCode
+from ..utils.remote_code import RemoteCodeMixin
 
 
-class EDMScheduler(CarriesCode, EDMEulerScheduler):
+class EDMScheduler(RemoteCodeMixin, EDMEulerScheduler):
     """What the schedulers below share."""
 
     # Their configurations are taken over without a word about what has no meaning here.

@@ -22,6 +22,8 @@ from pathlib import Path
 
 
 HEADER = "# Code of diffusers-hdit"
+# The version that wrote a carried file, filled in there; None in the package itself.
+CODE_VERSION = None
 # Saved folders name leaf modules only, and keep doing so wherever a module stands in the package.
 MODULES = {
     "modeling_hdit": "models.modeling_hdit",
@@ -33,18 +35,21 @@ MODULES = {
     "pipeline_hdit_upscale": "pipelines.pipeline_hdit_upscale",
 }
 # What stands in a carried file for an import of the network: it is a file of its own, and only annotations name it.
-NOT_WRITTEN_OUT = {"modeling_hdit": "from diffusers import ModelMixin as HDiTModel"}
+STUBBED_IMPORTS = {"modeling_hdit": "from diffusers import ModelMixin as HDiTModel"}
 
 
 def package_module(name: str):
     """
-    A module of this package that repositories do not carry.
+    Import a module of the installed package that saved folders do not carry.
+
+    In code that a folder carries, this works with the version of the package that wrote the code and no other one: names
+    and signatures inside the package change freely, and a published repository must not depend on them.
 
     Raises:
-        ImportError: where the package is not installed.
+        ImportError: where the package is not installed, or in another version than the carried code is of.
     """
     try:
-        return importlib.import_module(f"diffusers_hdit.{name}")
+        installed = importlib.import_module("diffusers_hdit")
     except ModuleNotFoundError as error:
         if error.name != "diffusers_hdit":
             raise
@@ -52,14 +57,20 @@ def package_module(name: str):
             "This needs the package diffusers-hdit, which is not installed; the code that comes with a repository only "
             "loads, samples and saves. Install the package, or leave this out."
         ) from error
+    if CODE_VERSION not in (None, installed.__version__):
+        raise ImportError(
+            f"This code was saved by diffusers-hdit {CODE_VERSION}, and {installed.__version__} is installed. Load the "
+            "folder with the class of the package instead of trust_remote_code=True, for instance HDiTPipeline."
+        )
+    return importlib.import_module(f"diffusers_hdit.{name}")
 
 
-def is_carried(cls: type) -> bool:
+def is_own_class(cls: type) -> bool:
     """Whether a class is one of this package, or of the code from a repository; not somebody's subclass of it."""
     return cls.__module__.split(".")[0] == __name__.split(".")[0]
 
 
-def self_contained(path: Path, seen: set[Path] | None = None) -> str:
+def inline_imports(path: Path, seen: set[Path] | None = None) -> str:
     """Source of a module in which those that it imports relatively, at the top level, are written out, once each."""
     seen = set() if seen is None else seen
     source = path.read_text(encoding="utf-8")
@@ -70,24 +81,25 @@ def self_contained(path: Path, seen: set[Path] | None = None) -> str:
         written += lines[position : node.lineno - 1]
         position = node.end_lineno
         module = path.parents[node.level - 1].joinpath(*node.module.split("."))
-        if module.name in NOT_WRITTEN_OUT:
-            written.append(NOT_WRITTEN_OUT[module.name] + "\n")
+        if module.name in STUBBED_IMPORTS:
+            written.append(STUBBED_IMPORTS[module.name] + "\n")
         elif module not in seen:
             seen.add(module)
-            written.append(self_contained(module.with_suffix(".py"), seen))
+            written.append(inline_imports(module.with_suffix(".py"), seen))
     return "".join([*written, *lines[position:]])
 
 
-def carried_source(cls: type) -> str:
+def remote_code_of(cls: type) -> str:
     """The file that makes `cls` without this package. A class that came from such a file gives it back unchanged."""
-    source = self_contained(Path(inspect.getsourcefile(cls)).resolve())
+    source = inline_imports(Path(inspect.getsourcefile(cls)).resolve())
     if source.startswith(HEADER):
         return source
     version = sys.modules[cls.__module__.split(".")[0]].__version__
+    source = source.replace("\nCODE_VERSION = None\n", f'\nCODE_VERSION = "{version}"\n')
     return f"{HEADER} {version}, Apache License 2.0, written here so that it runs without the package.\n{source}"
 
 
-class CarriesCode:
+class RemoteCodeMixin:
     """Mixin in front of Diffusers' classes: whatever is saved carries the code of its class, and no local path."""
 
     def to_json_string(self) -> str:
@@ -96,10 +108,10 @@ class CarriesCode:
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        if is_carried(type(self)) and not os.path.isfile(save_directory):
+        if is_own_class(type(self)) and not os.path.isfile(save_directory):
             os.makedirs(save_directory, exist_ok=True)
             path = Path(save_directory) / f"{type(self).__module__.rpartition('.')[2]}.py"
-            path.write_text(carried_source(type(self)), encoding="utf-8")
+            path.write_text(remote_code_of(type(self)), encoding="utf-8")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
@@ -156,7 +168,7 @@ def check_safe_serialization(saved: object, safe_serialization: bool) -> None:
         )
 
 
-class PipelineCarriesCode(CarriesCode, SafeWeights):
+class PipelineRemoteCodeMixin(RemoteCodeMixin, SafeWeights):
     """Writes into model_index.json which files hold the code, and reads past it with a class that is at hand."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, *args, **kwargs):
@@ -171,7 +183,7 @@ class PipelineCarriesCode(CarriesCode, SafeWeights):
             # Modules as Diffusers recorded them, with their full path: [None, None] is an empty component.
             if isinstance(value, list) and len(value) == 2 and str(value[0]).split(".")[0] in packages:
                 config[name] = [value[0].rpartition(".")[2], value[1]]
-        if is_carried(type(self)):
+        if is_own_class(type(self)):
             config["_class_name"] = [type(self).__module__.rpartition(".")[2], type(self).__name__]
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
@@ -179,7 +191,7 @@ class PipelineCarriesCode(CarriesCode, SafeWeights):
     def load_config(cls, *args, **kwargs):
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
-        package = (cls.__module__ if is_carried(cls) else __name__).rpartition(".")[0]
+        package = (cls.__module__ if is_own_class(cls) else __name__).rpartition(".")[0]
         for name, value in config.items():
             if not (isinstance(value, list) and len(value) == 2):
                 continue
