@@ -12,7 +12,6 @@ M mapping width. Tokens are channels-last, (B, h, w, D), throughout.
 import math
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +20,8 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from ..ops.cosine import cosine_similarity
@@ -46,18 +45,6 @@ from .checks import Level, check_counts, check_design_choices, check_inputs, che
 
 # Cosines and sines of the angles that queries and keys are rotated by, `(h, w, n, d/4)` each; None without RoPE.
 RotaryTables = tuple[Tensor, Tensor] | None
-
-
-@dataclass
-class HDiTModelOutput(BaseOutput):
-    """
-    The output of [`HDiTModel`].
-
-    Args:
-        sample (`torch.Tensor` of shape `(B, C, H, W)`): the raw network output F, not yet the denoised image.
-    """
-
-    sample: Tensor
 
 
 def zero_init(linear: nn.Linear) -> nn.Linear:
@@ -687,7 +674,7 @@ class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, Config
         conditioning_image: Tensor | None = None,
         self_cond: Tensor | None = None,
         return_dict: bool = True,
-    ) -> HDiTModelOutput | tuple[Tensor]:
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
         """
         Args:
             sample (`(B, C, H, W)`): noised image, already multiplied by c_in.
@@ -734,7 +721,7 @@ class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, Config
                 hidden_states = self.run_block(level, block, hidden_states, temb, image_rotary_embs[level])
 
         output = self.patch_out(self.norm_out(hidden_states)).permute(0, 3, 1, 2).contiguous()
-        return HDiTModelOutput(sample=output) if return_dict else (output,)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def run_block(self, level: int, block: nn.Module, hidden_states: Tensor, temb: Tensor, image_rotary_emb) -> Tensor:
         """Call a block, or have it recomputed in the backward pass where its level is checkpointed."""
