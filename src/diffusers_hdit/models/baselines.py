@@ -1,7 +1,7 @@
 """Pixel-space baselines for HDiT, built from Diffusers' DiT and U-Net and called exactly as `HDiTModel` is.
 
 Both predict F of the EDM preconditioning (Karras et al. 2022, arXiv 2206.00364, equation 7) from the sample times c_in
-and c_noise = ln(sigma)/4, so that loss, samplers, guidance and pipelines are those of HDiT, and only the network differs.
+and c_noise = ln(sigma)/4, so that loss, samplers, guidance and pipelines are those of HDiT; only the network differs.
 
 Shapes: B batch, C channels, H×W pixels, E width of the embedding of everything that conditions a sample.
 """
@@ -22,9 +22,9 @@ from ..utils.remote_code import RemoteCodeMixin, SafeWeights
 from .checks import check_counts, check_inputs, pair
 
 
-# The sinusoidal embeddings of both networks were designed for the whole numbers from 0 to 999: their fastest wave advances
-# by one radian per unit. c_noise spans 3.5 units in all, over which most waves would hardly change. With this factor, sigma
-# from 1e-3 to 1e3 spans 863 units, 0.6 for each percent of sigma.
+# The sinusoidal embeddings of both networks were designed for the whole numbers from 0 to 999: their fastest wave
+# advances by one radian per unit. c_noise spans 3.5 units in all, over which most waves would hardly change. With this
+# factor, sigma from 1e-3 to 1e3 spans 863 units, 0.6 for each percent of sigma.
 TIME_SCALE = 250.0
 
 
@@ -118,8 +118,8 @@ class PixelBaseline(RemoteCodeMixin, SafeWeights, ModelMixin, ConfigMixin):
 
     def set_gradient_checkpointing_levels(self, levels: Sequence[int]) -> None:
         """
-        Recompute in the backward pass what Diffusers checkpoints in this network (the DiT's blocks, the U-Net's residual
-        layers). A baseline has one level, 0; an empty list recomputes nothing.
+        Recompute in the backward pass what Diffusers checkpoints in this network (the DiT's blocks, the U-Net's
+        residual layers). A baseline has one level, 0; an empty list recomputes nothing.
 
         Raises:
             ValueError: for another level.
@@ -134,7 +134,7 @@ class PixelBaseline(RemoteCodeMixin, SafeWeights, ModelMixin, ConfigMixin):
 
 
 class GivenEmbedding(nn.Module):
-    """Return the embedding that is computed once for all blocks, in place of a block's own one of noise level and class."""
+    """Return the embedding that is computed once for all blocks, in place of a block's own embedding."""
 
     def forward(self, timestep: Tensor, class_labels: None = None, hidden_dtype: torch.dtype | None = None) -> Tensor:
         return timestep.to(hidden_dtype)
@@ -142,16 +142,16 @@ class GivenEmbedding(nn.Module):
 
 class DiTPixelModel(PixelBaseline):
     r"""
-    The plain Diffusion Transformer (Peebles & Xie 2023, arXiv 2212.09748), Diffusers' `DiTTransformer2DModel`, on pixels.
+    The plain Diffusion Transformer (Peebles & Xie 2023, arXiv 2212.09748), as Diffusers' `DiTTransformer2DModel`.
 
     As in the paper, noise level and class are embedded once for all blocks (in Diffusers' class each block has its own
-    embedding, and its conversion script fills them with copies), and weights are initialized as in the paper's code, with
-    adaptive norms, gates and the last layer at zero (Diffusers' class, made for inference, does not do that). Training
-    drops labels, not the network, and the output has no channels for a learned variance, which EDM does not use.
+    embedding, and its conversion script fills them with copies), and weights are initialized as in the paper's code,
+    with adaptive norms, gates and the last layer at zero (Diffusers' class, made for inference, does not do that).
+    Training drops labels, not the network, and the output has no channels for a learned variance, unused by EDM.
 
     Args:
-        sample_size (`int` or `(int, int)`): height and width in pixels, equal; the network takes images of this size only,
-            which its table of positions is made for.
+        sample_size (`int` or `(int, int)`): height and width in pixels, equal; the network takes images of this size
+            only, which its table of positions is made for.
         in_channels, out_channels, num_classes, augment_cond_dim, mapping_cond_dim, conditioning_channels: as in
             `HDiTModel`.
         patch_size (`int`): side in pixels of a token.
@@ -189,14 +189,15 @@ class DiTPixelModel(PixelBaseline):
         height, width = self.sample_size
         if height != width or height % patch_size:
             raise ValueError(
-                f"sample_size {height}×{width} must be square and a multiple of patch_size {patch_size}: the positions of "
-                "DiTTransformer2DModel are those of a square grid. HDiTModel and UNetPixelModel take other shapes."
+                f"sample_size {height}×{width} must be square and a multiple of patch_size {patch_size}: the "
+                "positions of DiTTransformer2DModel are those of a square grid. HDiTModel and UNetPixelModel take other "
+                "shapes."
             )
         dim = num_attention_heads * attention_head_dim
         if dim % 4:
             raise ValueError(
-                f"num_attention_heads {num_attention_heads} times attention_head_dim {attention_head_dim} is {dim}; it "
-                "must be a multiple of 4 (sines and cosines of rows and of columns)."
+                f"num_attention_heads {num_attention_heads} times attention_head_dim {attention_head_dim} is {dim}; "
+                "it must be a multiple of 4 (sines and cosines of rows and of columns)."
             )
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=1)
         self.time_embedder = TimestepEmbedding(256, dim)
@@ -245,8 +246,8 @@ class DiTPixelModel(PixelBaseline):
         if (height, width) != self.sample_size:
             made_for = "×".join(map(str, self.sample_size))
             raise ValueError(
-                f"this model can't process {height}×{width} images: a DiTPixelModel takes only the size that it was made "
-                f"for, {made_for}."
+                f"this model can't process {height}×{width} images: a DiTPixelModel takes only the size that it was "
+                f"made for, {made_for}."
             )
 
 
@@ -260,8 +261,8 @@ class UNetPixelModel(PixelBaseline):
     2020, arXiv 2006.11239). Weights are initialized as in Diffusers.
 
     Args:
-        sample_size (`int` or `(int, int)`): height and width in pixels of the images the model is trained on. The network
-            takes all sizes that can be halved between its blocks.
+        sample_size (`int` or `(int, int)`): height and width in pixels of the images the model is trained on. The
+            network takes all sizes that can be halved between its blocks.
         in_channels, out_channels, num_classes, augment_cond_dim, mapping_cond_dim, conditioning_channels: as in
             `HDiTModel`.
         block_out_channels (`Sequence[int]`): channels of each block, from the outermost to the innermost, multiples of
@@ -336,9 +337,9 @@ class UNetPixelModel(PixelBaseline):
         if height % self.divisor or width % self.divisor or min(height, width) < 1:
             nearest = "×".join(str(max(1, round(size / self.divisor)) * self.divisor) for size in (height, width))
             raise ValueError(
-                f"This model can't process {height}×{width} images: both must be multiples of {self.divisor} (its blocks "
-                f"halve them {int(math.log2(self.divisor))} times); the nearest that works: {nearest}. Or give it fewer "
-                "block_out_channels."
+                f"This model can't process {height}×{width} images: both must be multiples of {self.divisor} (its "
+                f"blocks halve them {int(math.log2(self.divisor))} times); the nearest that works: {nearest}. Or "
+                "give it fewer block_out_channels."
             )
 
 
@@ -359,6 +360,6 @@ def check_blocks(
     attending = {channels[i] for i in attention_blocks} | {channels[-1]}
     if any(width % attention_head_dim for width in attending):
         raise ValueError(
-            f"attention_head_dim {attention_head_dim} must divide the channels of the blocks with attention and of the "
-            f"last one, {sorted(attending)}."
+            f"attention_head_dim {attention_head_dim} must divide the channels of the blocks with attention and of "
+            f"the last one, {sorted(attending)}."
         )
