@@ -190,8 +190,8 @@ class DiTPixelModel(PixelBaseline):
         if height != width or height % patch_size:
             raise ValueError(
                 f"sample_size {height}×{width} must be square and a multiple of patch_size {patch_size}: the "
-                "positions of DiTTransformer2DModel are those of a square grid. HDiTModel and UNetPixelModel take other "
-                "shapes."
+                "positions of DiTTransformer2DModel are those of a square grid. HDiTModel and UNetPixelModel take "
+                "other shapes."
             )
         dim = num_attention_heads * attention_head_dim
         if dim % 4:

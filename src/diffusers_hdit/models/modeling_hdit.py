@@ -303,7 +303,7 @@ class HDiTConditioning(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention processors decide which tokens attend to each other. All divide queries and keys by their norm, multiply
-# them by the square root of a learned scale, and rotate them by their position; attention then has a softmax scale of 1.
+# them by the square root of a learned scale, and rotate them by their position; the softmax then has a scale of 1.
 
 
 class HDiTAttnProcessor:
