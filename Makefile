@@ -1,4 +1,4 @@
-# make demo    train on the faces that come with the project, draw new ones: demo/samples.png
+# make demo    train on the faces that come with the package, generate new ones: demo/samples.png
 # make test    lint, and the whole test suite
 
 PYTHON ?= python3
@@ -12,9 +12,9 @@ demo: demo/samples.png
 
 demo/samples.png: $(DEMO)/model_index.json
 	$(BIN)/python examples/sample_hdit.py --pipeline $(DEMO) --output $@ --guidance_scale 2 \
-		--real_images examples/data/fluent_faces_64.png
+		--real_images src/diffusers_hdit/data/fluent_faces_64.png
 
-# An interrupted demo goes on where it was.
+# An interrupted demo is resumed.
 $(DEMO)/model_index.json: | $(VENV)/.installed
 	$(BIN)/python examples/train_hdit.py --config examples/configs/tiny.json --output_dir $(DEMO) \
 		--resume_from_checkpoint latest

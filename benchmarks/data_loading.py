@@ -32,7 +32,7 @@ from PIL import Image
 from diffusers_hdit.data.dataset import load_images, make_loader
 
 
-FACES = Path(__file__).parents[1] / "examples" / "data" / "fluent_faces_64.png"
+FACES = Path(__file__).parents[1] / "src" / "diffusers_hdit" / "data" / "fluent_faces_64.png"
 # (width, height), bytes, share of --images: as in ImageNet, and from a camera.
 KINDS = {"500x375": ((500, 375), 110_000, 1), "2000x1500": ((2000, 1500), 1_200_000, 0.2)}
 

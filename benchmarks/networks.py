@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from diffusers_hdit import HDiTModel, HDiTPipeline, diffusion, presets
 from diffusers_hdit.evaluation.profiler import profile_model
-from diffusers_hdit.training.ema import Averages
-from diffusers_hdit.training.training import clipped_step, make_optimizer
+from diffusers_hdit.training.ema import EMAWeights
+from diffusers_hdit.training.optimization import clipped_step, make_optimizer
 
 
 # bfloat16 with float32 sums, without sparsity, by the makers' data sheets, operations a second.
@@ -75,7 +75,7 @@ def training_call(bench: Bench, model: nn.Module, network, batch: int, size: int
         optimizer = make_optimizer(model, args, bench.device)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, fused=True)
-    averages, accelerator = Averages(model), Accelerator(cpu=bench.device.type == "cpu")
+    averages, accelerator = EMAWeights(model), Accelerator(cpu=bench.device.type == "cpu")
     samples, noises = images(bench, batch, size), images(bench, batch, size)
     sigma = diffusion.sigma_from_uniform(diffusion.stratified_uniform(batch), image_size=size).float()
     sigma = sigma.to(bench.device)

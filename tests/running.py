@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 EXAMPLES = REPOSITORY / "examples"
 RESEARCH = EXAMPLES / "research"
 sys.path.insert(0, str(RESEARCH))  # its scripts share modules that lie beside them
-SHEET = EXAMPLES / "data" / "fluent_faces_64.png"
+SHEET = REPOSITORY / "src" / "diffusers_hdit" / "data" / "fluent_faces_64.png"
 TRAIN = EXAMPLES / "train_hdit.py"
 CONFIG = {
     "dataset_name": "fluent-faces",
@@ -89,9 +89,11 @@ def start_launch(kind, *arguments, processes=2, script=TRAIN):
         "fsdp2": ["--use_fsdp", "--fsdp_version", 2, "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"],
         "deepspeed": ["--use_deepspeed", "--zero_stage", 2],
     }[kind]
+    sharding = [] if kind == "ddp" else [REPOSITORY / "tests" / "shard_on_cpu.py"]
     return start(
         "-m", "accelerate.commands.launch", *flags, "--num_processes", processes, "--num_machines", 1,
-        "--dynamo_backend", "no", "--mixed_precision", "no", "--main_process_port", free_port(), script, *arguments,
+        "--dynamo_backend", "no", "--mixed_precision", "no", "--main_process_port", free_port(), *sharding, script,
+        *arguments,
     )  # fmt: skip
 
 

@@ -18,8 +18,9 @@ from diffusers_hdit.evaluation.profiler import profile_model, profile_network
 from diffusers_hdit.hub import push as hub
 from diffusers_hdit.models.baselines import TIME_SCALE
 from diffusers_hdit.models.networks import NETWORKS
-from diffusers_hdit.training import training
-from diffusers_hdit.training.training_args import SETTINGS, parse_args
+from diffusers_hdit.training import optimization, saving
+from diffusers_hdit.training.config import names_where, parse_args
+from diffusers_hdit.training.trainer import check_network
 
 
 SMALL = {
@@ -385,7 +386,7 @@ def test_training_and_resuming(model_type, tmp_path):
     )
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     output = run(TRAIN, "--config", config, "--output_dir", whole)
-    assert f"network     {NETWORKS[model_type].__name__}: " in output and "GMAC an image" in output
+    assert f"network     {NETWORKS[model_type].__name__}: " in output and "MAC per image" in output
     resumed.mkdir()
     shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
     shutil.copy(whole / "metrics.jsonl", resumed)
@@ -408,7 +409,7 @@ def test_training_and_resuming(model_type, tmp_path):
 def test_averaged_weights_with_their_tables():
     model = make("dit")
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    made, given = training.averaged_network(model, weights), inputs()
+    made, given = saving.network_with_weights(model, weights), inputs()
     given = {name: given[name] for name in ("sample", "timestep")}
     torch.testing.assert_close(made(**given).sample, model(**given).sample)
 
@@ -416,7 +417,7 @@ def test_averaged_weights_with_their_tables():
 @TYPES
 def test_optimizer_groups_are_plain(model_type):
     model = make(model_type, **ALL)
-    groups = training.parameter_groups(model, 1e-3, 0.1, 1 / 3)
+    groups = optimization.parameter_groups(model, 1e-3, 0.1, 1 / 3)
     assert {group["lr"] for group in groups} == {1e-3} and {group["weight_decay"] for group in groups} == {0.1, 0.0}
     decaying = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     for name, parameter in model.named_parameters():
@@ -426,13 +427,15 @@ def test_optimizer_groups_are_plain(model_type):
 
 def parse(tmp_path, *flags, **config):
     path = write_config(tmp_path, **{"model_type": "dit", "model": SMALL["dit"], **config})
-    return parse_args(["--config", str(path), "--output_dir", "out", *map(str, flags)])
+    config = parse_args(["--config", str(path), "--output_dir", "out", *map(str, flags)])
+    check_network(config)
+    return config
 
 
 def test_flags(tmp_path):
     args = parse(tmp_path, "--gradient_checkpointing", "--task", "upscale", "--resolution", 32)
     assert args.checkpointed_levels == [0] and args.model["conditioning_channels"] == 4
-    assert args.model["sample_size"] == 32 and "model_type" in SETTINGS
+    assert args.model["sample_size"] == 32 and "model_type" in names_where(resume="fixed")
     # Of a preset, what is not only HDiT's.
     args = parse(tmp_path, preset="oxford-flowers-256", model={}, model_type="unet", learning_rate=1e-4)
     assert args.model == {"sample_size": 256, "num_classes": 102} and args.learning_rate == 1e-4
@@ -461,7 +464,7 @@ def test_the_example_configs_compare(model_type):
     ],
 )
 def test_wrong_flags(flags, config, message, tmp_path, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises((SystemExit, ValueError)) as refusal:
         parse(tmp_path, *flags, **config)
-    error = " ".join(capsys.readouterr().err.split())
+    error = " ".join(str(refusal.value) + capsys.readouterr().err.split())
     assert re.search(message, error), error

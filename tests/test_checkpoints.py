@@ -1,4 +1,4 @@
-"""Checkpoint folders: whole or not there, checked before they are used, never lost."""
+"""Checkpoint folders: complete or not there, verified before they are loaded, never lost."""
 
 import json
 import os
@@ -9,9 +9,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from diffusers_hdit.training import checkpointing as checkpoints
-from diffusers_hdit.training.checkpointing import damage, find_checkpoint, load_checkpoint, save_checkpoint
-from diffusers_hdit.training.ema import Averages
+from diffusers_hdit.training import checkpointing
+from diffusers_hdit.training.checkpointing import find_checkpoint, load_checkpoint, save_checkpoint, verify
+from diffusers_hdit.training.ema import EMAWeights
 
 
 SETTINGS = {"seed": 0, "learning_rate": 0.1, "model.widths": [8]}
@@ -24,7 +24,7 @@ class Training:
         torch.manual_seed(seed)
         self.model = torch.nn.Linear(8, 4)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1, fused=True)
-        self.averages = Averages(self.model, [0.9], [0.1])
+        self.ema = EMAWeights(self.model, [0.9], [0.1])
         for _ in range(steps):
             self.step()
 
@@ -32,18 +32,18 @@ class Training:
         self.model(torch.ones(2, 8)).square().sum().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.averages.step()
+        self.ema.step()
 
     @property
-    def parts(self):
-        return {"model": self.model, "optimizer": self.optimizer, "averages": self.averages}
+    def objects(self):
+        return {"model": self.model, "optimizer": self.optimizer, "ema": self.ema}
 
     def state(self):
         state = [*self.model.parameters()]
         for parameter in self.model.parameters():
             state += [self.optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq", "step")]
-        for name in self.averages.names:
-            state += self.averages.full_state_dict(name).values()
+        for name in self.ema.names:
+            state += self.ema.full_state_dict(name).values()
         return [value.detach().clone() for value in state]
 
 
@@ -54,7 +54,7 @@ def accelerator():
 
 def save(accelerator, folder, training, step, limit=None):
     progress = {"step": step, "images_seen": 8 * step, "settings": SETTINGS}
-    return save_checkpoint(accelerator, folder, progress, limit, **training.parts)
+    return save_checkpoint(accelerator, folder, progress, limit, **training.objects)
 
 
 def same(a, b):
@@ -67,7 +67,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(accelerator, tmp_path):
     assert {file.name for file in path.iterdir()} == {
         "model.safetensors", "optimizer.pt", "averages.pt", "progress.json", "checksums.json"
     }  # fmt: skip
-    assert load_checkpoint(accelerator, path, SETTINGS, **loaded.parts)["images_seen"] == 24
+    assert load_checkpoint(accelerator, path, SETTINGS, **loaded.objects)["images_seen"] == 24
     assert same(saved.state(), loaded.state())
     saved.step()
     loaded.step()
@@ -99,7 +99,7 @@ def test_a_hundred_damages(accelerator, tmp_path):
             found += 1
         else:
             loaded = Training(1)
-            load_checkpoint(accelerator, chosen, SETTINGS, **loaded.parts)
+            load_checkpoint(accelerator, chosen, SETTINGS, **loaded.objects)
             assert same(good.state(), loaded.state())
     assert found >= 95, "only a flip in the white space of the list of checksums does no harm"
 
@@ -117,7 +117,12 @@ def test_the_one_before_a_damaged_one_is_used(accelerator, tmp_path):
 def test_a_failed_write_leaves_what_was_there(accelerator, tmp_path, monkeypatch):
     """A full disk, say, at each of the writes in turn."""
     before = save(accelerator, tmp_path, Training(0), 2)
-    for module, name in ((checkpoints, "save_file"), (torch, "save"), (checkpoints, "hash_files"), (os, "replace")):
+    for module, name in (
+        (checkpointing, "save_file"),
+        (torch, "save"),
+        (checkpointing, "hash_files"),
+        (os, "replace"),
+    ):
 
         def fail(*arguments, **options):
             raise OSError("No space left on device")
@@ -125,7 +130,7 @@ def test_a_failed_write_leaves_what_was_there(accelerator, tmp_path, monkeypatch
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
             patch.setattr(module, name, fail)
             save(accelerator, tmp_path, Training(0), 3)
-        assert find_checkpoint(tmp_path, None) == before and damage(before) is None
+        assert find_checkpoint(tmp_path, None) == before and verify(before) is None
     assert find_checkpoint(tmp_path, None) == before
     assert save(accelerator, tmp_path, Training(0), 3) == find_checkpoint(tmp_path, None)
     assert not list(tmp_path.glob(".partial*"))
@@ -147,14 +152,16 @@ def test_the_limit_counts_from_the_newest_written(accelerator, tmp_path):
 
 def test_other_settings_are_refused_or_forked(accelerator, tmp_path):
     path = save(accelerator, tmp_path, Training(0), 3)
-    other, parts = {**SETTINGS, "learning_rate": 0.2}, Training(1).parts
-    with pytest.raises(ValueError, match="learning_rate was 0.1, is 0.2. To go on from it with these, give another"):
-        load_checkpoint(accelerator, path, other, **parts)
-    parts["optimizer"].param_groups[0]["lr"] = 0.2
-    load_checkpoint(accelerator, path, other, checkpoints.FORKS_MAY_CHANGE, **parts)
-    assert parts["optimizer"].param_groups[0]["lr"] == 0.2
+    other, objects = {**SETTINGS, "learning_rate": 0.2}, Training(1).objects
+    with pytest.raises(ValueError, match="learning_rate was 0.1, is 0.2. To start from it with these, give another"):
+        load_checkpoint(accelerator, path, other, **objects)
+    objects["optimizer"].param_groups[0]["lr"] = 0.2
+    load_checkpoint(accelerator, path, other, checkpointing.FORKS_MAY_CHANGE, **objects)
+    assert objects["optimizer"].param_groups[0]["lr"] == 0.2
     with pytest.raises(ValueError, match=r"model.widths was \[8\], is \[16\]. Nothing was changed"):
-        load_checkpoint(accelerator, path, {**SETTINGS, "model.widths": [16]}, checkpoints.FORKS_MAY_CHANGE, **parts)
+        load_checkpoint(
+            accelerator, path, {**SETTINGS, "model.widths": [16]}, checkpointing.FORKS_MAY_CHANGE, **objects
+        )
 
 
 def test_folders_of_others(tmp_path):
@@ -186,14 +193,14 @@ def test_named_checkpoints(accelerator, tmp_path):
         find_checkpoint(run, "checkpoint-6")
 
 
-def test_a_fork_goes_on_from_its_own_checkpoints(accelerator, tmp_path):
+def test_a_fork_resumes_from_its_own_checkpoints(accelerator, tmp_path):
     """The same command again: from the other run's checkpoint until there is one of its own."""
     source, fork = save(accelerator, tmp_path / "run", Training(0), 3), tmp_path / "fork"
     assert find_checkpoint(fork, str(source)) == source
     fork.mkdir()
     (fork / "training_args.json").write_text(json.dumps({"resume_from_checkpoint": str(source)}))
     assert find_checkpoint(fork, str(source)) == source
-    with pytest.raises(ValueError, match="began from .*checkpoint-3 and has no checkpoint of its own yet"):
+    with pytest.raises(ValueError, match="started from .*checkpoint-3 and has no checkpoint of its own yet"):
         find_checkpoint(fork, None)
     own = save(accelerator, fork, Training(0), 5)
     assert find_checkpoint(fork, str(source)) == find_checkpoint(fork, None) == own

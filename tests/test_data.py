@@ -24,7 +24,7 @@ from diffusers_hdit.data.sampler import Item
 from diffusers_hdit.data.sources import cell_size
 
 
-FACES = Path(__file__).parents[1] / "examples" / "data" / "fluent_faces_64.png"
+FACES = Path(__file__).parents[1] / "src" / "diffusers_hdit" / "data" / "fluent_faces_64.png"
 
 
 @pytest.fixture(autouse=True)

@@ -18,11 +18,11 @@ KINDS = ["ddp", "fsdp2", pytest.param("deepspeed", marks=pytest.mark.slow)]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Augmentation, labels, a schedule and all kinds of averages, without dropout, which is drawn by each process."""
+    """Augmentation, labels, a schedule and all kinds of averages, without dropout, which is sampled by each process."""
     return write_config(
         tmp_path_factory.mktemp("config"), max_train_steps=STEPS, checkpointing_steps=STEPS // 2, validation_steps=1000,
         num_validation_images=3, lr_scheduler="cosine", random_flip=False, augment_prob=0.3, ema_decay=[0.99, 0.9],
-        ema_lengths=[0.1], **NO_DROPOUT,
+        ema_sigma_rel=[0.1], **NO_DROPOUT,
     )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_two_processes_equal_one(kind, config, alone, tmp_path):
     if kind == "deepspeed":
         pytest.importorskip("deepspeed")
     output = launch(kind, "--config", config, "--output_dir", tmp_path / "run", "--train_batch_size", 4)
-    assert output.count(f"{STEPS} steps of 8 images (4 × 2 processes × 1 parts)") == 1
+    assert output.count(f"{STEPS} steps of 8 images (4 × 2 processes × 1 accumulation steps)") == 1
     assert ("FSDP" in kind.upper()) == ("fsdp on 2" in output)
     assert_same_run(tmp_path / "run", alone)
     assert sorted(p.name for p in (tmp_path / "run" / "snapshots").iterdir()) == sorted(
@@ -87,7 +87,7 @@ def begin_from(run_folder, checkpoint, folder):
 
 @pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_resumed_on_other_processes(kind, config, alone, tmp_path):
-    """One process began, two go on; and the other way round."""
+    """One process started, two resume; and the other way round."""
     checkpoint, two, one = f"checkpoint-{STEPS // 2}", tmp_path / "two", tmp_path / "one"
     begin_from(alone, checkpoint, two)
     output = launch(kind, "--config", config, "--output_dir", two, "--train_batch_size", 4)
@@ -98,15 +98,15 @@ def test_resumed_on_other_processes(kind, config, alone, tmp_path):
     assert_same_run(one, alone)
 
 
-# Stands before the script: the loss of one image of the fourth step is no number, wherever that image is.
+# Stands before the script: the loss of one image of the fourth step is not finite, wherever that image is.
 ONE_BAD_LOSS = f"""
 import runpy, sys
-from diffusers_hdit import training
-compute = training.draw_and_compute_loss
+from diffusers_hdit.training import trainer
+compute = trainer.sample_and_compute_loss
 def with_a_bad_one(model, batch, *arguments, **options):
     losses, sigmas = compute(model, batch, *arguments, **options)
     return losses.masked_fill((batch["number"] == 31).to(losses.device), float("nan")), sigmas
-training.draw_and_compute_loss = with_a_bad_one
+trainer.sample_and_compute_loss = with_a_bad_one
 sys.argv[0] = {str(TRAIN)!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

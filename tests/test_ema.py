@@ -15,7 +15,7 @@ from torch import nn
 
 from diffusers_hdit import HDiTModel, HDiTPipeline
 from diffusers_hdit.training import ema
-from diffusers_hdit.training.ema import Averages
+from diffusers_hdit.training.ema import EMAWeights
 
 
 class Net(nn.Module):
@@ -44,7 +44,7 @@ def flat(tensors):
 def history_and_averages(steps, **arguments):
     """The parameters after each step `(steps, P)`, in float64, and the stepped averages."""
     net = Net()
-    averages, history = Averages(net, **arguments), []
+    averages, history = EMAWeights(net, **arguments), []
     for _ in walk(net, steps):
         averages.step()
         history.append(flat(net.parameters()))
@@ -59,7 +59,7 @@ def power_weights(step, gamma):
 
 def test_warm_up_averages_against_the_recursion_and_diffusers():
     net = Net()
-    averages = Averages(net, decays=(0.9, 0.5))
+    averages = EMAWeights(net, decays=(0.9, 0.5))
     assert averages.names == ["0.9", "0.5"]
     theirs = EMAModel(net.parameters(), decay=0.9, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     expected = {0.9: flat(net.parameters()), 0.5: flat(net.parameters())}
@@ -79,8 +79,8 @@ def test_warm_up_averages_against_the_recursion_and_diffusers():
 
 @pytest.mark.parametrize("length", [0.05, 0.1, 0.25])
 def test_power_function_average_against_the_sum_over_the_history(length):
-    net, averages, history = history_and_averages(150, decays=(), lengths=(length,))
-    weights = power_weights(150, ema.gamma_of_length(length))
+    net, averages, history = history_and_averages(150, decays=(), sigma_rels=(length,))
+    weights = power_weights(150, ema.gamma_of_sigma_rel(length))
     assert weights.sum().item() == pytest.approx(1, abs=1e-12)
     with averages.swapped(f"power-{length}"):
         torch.testing.assert_close(flat(net.parameters()), weights @ history, rtol=1e-5, atol=1e-5)
@@ -92,19 +92,19 @@ def test_power_function_average_against_the_sum_over_the_history(length):
 
 def test_lengths_and_exponents():
     for length in (1e-3, 0.01, 0.05, 0.1, 0.2, 0.25, 0.288, 0.2886):
-        assert ema.length_of_gamma(ema.gamma_of_length(length)) == pytest.approx(length, rel=1e-12)
+        assert ema.sigma_rel_of_gamma(ema.gamma_of_sigma_rel(length)) == pytest.approx(length, rel=1e-12)
     for gamma in (0.001, 0.5, 6.94, 16.97, 500.0):
-        assert ema.gamma_of_length(ema.length_of_gamma(gamma)) == pytest.approx(gamma, rel=1e-10, abs=1e-10)
-    assert ema.gamma_of_length(0.05) == pytest.approx(16.97, abs=5e-3), "as the paper has it, section 3.1"
-    assert ema.gamma_of_length(0.10) == pytest.approx(6.94, abs=5e-3)
+        assert ema.gamma_of_sigma_rel(ema.sigma_rel_of_gamma(gamma)) == pytest.approx(gamma, rel=1e-10, abs=1e-10)
+    assert ema.gamma_of_sigma_rel(0.05) == pytest.approx(16.97, abs=5e-3), "as the paper has it, section 3.1"
+    assert ema.gamma_of_sigma_rel(0.10) == pytest.approx(6.94, abs=5e-3)
     for length in (0, -0.1, 0.28868, 1, math.nan):
         with pytest.raises(ValueError, match="between 0 and 0.2887"):
-            ema.gamma_of_length(length)
+            ema.gamma_of_sigma_rel(length)
 
 
 def test_trained_weights_come_back_bit_for_bit():
     net = Net().to(torch.bfloat16)
-    averages = Averages(net, decays=(0.9,), lengths=(0.1,))
+    averages = EMAWeights(net, decays=(0.9,), sigma_rels=(0.1,))
     for _ in walk(net, 5):
         averages.step()
     before = copy.deepcopy(net.state_dict())
@@ -126,8 +126,8 @@ def test_averages_of_a_bfloat16_model_are_float32():
     """Steps far below what bfloat16 resolves add up."""
     net = Net(torch.bfloat16)
     master = {id(p): p.detach().float().clone() for p in net.parameters()}
-    averages = Averages(net, decays=(0.0,), lengths=(0.2,), float32_value=lambda p: master[id(p)])
-    plain = Averages(net, decays=(0.0,))
+    averages = EMAWeights(net, decays=(0.0,), sigma_rels=(0.2,), float32_value=lambda p: master[id(p)])
+    plain = EMAWeights(net, decays=(0.0,))
     for _ in range(20):
         for value in master.values():
             value += 1e-5
@@ -157,7 +157,7 @@ def test_full_state_dict_loads_into_the_model():
 
 def test_checkpoints_of_accelerate(tmp_path):
     """Saved and loaded in the middle: bit-equal to the uninterrupted run."""
-    arguments = {"decays": (0.99, 0.9), "lengths": (0.05, 0.1)}
+    arguments = {"decays": (0.99, 0.9), "sigma_rels": (0.05, 0.1)}
     net, averages, history = history_and_averages(10, **arguments)
     accelerator = Accelerator(cpu=True)
     accelerator.register_for_checkpointing(averages)
@@ -168,7 +168,7 @@ def test_checkpoints_of_accelerate(tmp_path):
     expected = averages.state_dict()
 
     resumed_net = Net()
-    resumed = Averages(resumed_net, **arguments)
+    resumed = EMAWeights(resumed_net, **arguments)
     again = Accelerator(cpu=True)
     again.register_for_checkpointing(resumed)
     again.load_state(str(tmp_path / "checkpoint"))
@@ -180,28 +180,28 @@ def test_checkpoints_of_accelerate(tmp_path):
         for key, value in tensors.items():
             assert torch.equal(value, resumed.state_dict()["averages"][name][key]), (name, key)
     state = torch.load(tmp_path / "checkpoint" / "custom_checkpoint_0.pkl", weights_only=True)
-    with pytest.raises(ValueError, match="has the averages 0.99, 0.9, power-0.05, power-0.1; this run asks for 0.99"):
-        Averages(net, decays=(0.99,)).load_state_dict(state)
+    with pytest.raises(ValueError, match="has the averages 0.99, 0.9, power-0.05, power-0.1; this run has 0.99"):
+        EMAWeights(net, decays=(0.99,)).load_state_dict(state)
     with pytest.raises(ValueError, match="another network"):
-        Averages(nn.Linear(5, 4), **arguments).load_state_dict(state)
+        EMAWeights(nn.Linear(5, 4), **arguments).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"decays": (1.0,)}, "less than 1, not 1.0"),
-        ({"decays": ()}, "no average is asked for"),
+        ({"decays": (1.0,)}, "below 1, got 1.0"),
+        ({"decays": ()}, "no average is given"),
         ({"decays": (0.9, 0.9)}, "twice"),
-        ({"lengths": (0.3,)}, "not 0.3"),
+        ({"sigma_rels": (0.3,)}, "got 0.3"),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        Averages(Net(), **arguments)
+        EMAWeights(Net(), **arguments)
 
 
 def test_unknown_name():
-    averages = Averages(Net())
+    averages = EMAWeights(Net())
     with pytest.raises(ValueError, match="no average '0.5'; there are 0.9999"), averages.swapped("0.5"):
         pass
 
@@ -209,7 +209,7 @@ def test_unknown_name():
 # ----------------------------------------------------------------------------------------------------------------------
 # FSDP2: two processes, parameters in shards
 
-RUN = {"decays": (0.9, 0.5), "lengths": (0.1,)}
+RUN = {"decays": (0.9, 0.5), "sigma_rels": (0.1,)}
 
 
 def small_model():
@@ -240,7 +240,7 @@ def whole(model):
 
 def course(model, state):
     """A training with samples on the way, then another that goes on from `state`."""
-    averages = Averages(model, **RUN)
+    averages = EMAWeights(model, **RUN)
     train(model, averages, steps=3)
     with averages.swapped("power-0.1"):
         drawn = draw(model)
@@ -249,7 +249,7 @@ def course(model, state):
     results["full"] = averages.full_state_dict("0.5")
     with averages.swapped("0.5"):
         results["swapped"] = whole(model)
-    later = Averages(model, **RUN)
+    later = EMAWeights(model, **RUN)
     later.load_state_dict(state)
     train(model, later, steps=1, first=9)
     return {**results, "later": later.state_dict()}
@@ -267,7 +267,7 @@ def sharded_course(rank, folder):
     fully_shard(model)
     assert all(hasattr(parameter, "to_local") for parameter in model.parameters())
     results = course(model, torch.load(folder / "state.pt"))
-    averages = Averages(model, **RUN)
+    averages = EMAWeights(model, **RUN)
     train(model, averages, steps=1)
     ema.save_snapshot(averages, folder / "sharded", 1)
     if rank == 0:
@@ -280,13 +280,13 @@ def sharded_course(rank, folder):
 
 def test_sharded_by_fsdp_equals_unsharded(tmp_path):
     other = small_model()
-    averages = Averages(other, **RUN)
+    averages = EMAWeights(other, **RUN)
     train(other, averages, steps=4, first=20)
     state = averages.state_dict()
     torch.save(state, tmp_path / "state.pt")
     model = small_model()
     expected = course(model, state)
-    averages = Averages(model, **RUN)
+    averages = EMAWeights(model, **RUN)
     torch.multiprocessing.spawn(sharded_course, args=(tmp_path,), nprocs=2)
     results = torch.load(tmp_path / "results.pt")
     # Both processes see the same images: (g + g) / 2 is g, and only the order of sums inside a kernel may differ (a
@@ -308,7 +308,7 @@ def recorded(tmp_path_factory):
     """A walk of 400 steps with a float32 and a float16 snapshot every 25."""
     folder = tmp_path_factory.mktemp("recorded")
     net = Net()
-    averages, history = Averages(net, lengths=(0.05, 0.1)), []
+    averages, history = EMAWeights(net, sigma_rels=(0.05, 0.1)), []
     for step, _ in enumerate(walk(net, 400), 1):
         averages.step()
         history.append(flat(net.parameters()))
@@ -321,7 +321,7 @@ def recorded(tmp_path_factory):
 def reconstruction_error(folder, history, net, length, step=400):
     state = ema.reconstruct(ema.find_snapshots(folder), length, step)
     value = flat(state[name] for name, _ in net.named_parameters())
-    brute = power_weights(step, ema.gamma_of_length(length)) @ history[:step]
+    brute = power_weights(step, ema.gamma_of_sigma_rel(length)) @ history[:step]
     error = ((value - brute).norm() / (history[step - 1] - brute).norm()).item()
     print(f"length {length}, step {step}: relative error {error:.2e}")
     return error
@@ -368,7 +368,7 @@ def test_coefficients_against_quadrature():
     times = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 4000
 
     def profile(t, sigma_rel):
-        gamma = ema.gamma_of_length(sigma_rel)
+        gamma = ema.gamma_of_sigma_rel(sigma_rel)
         return torch.where(times < t, (gamma + 1) / t * (times / t) ** gamma, 0)
 
     table = torch.stack([profile(*p) for p in profiles])
@@ -386,7 +386,7 @@ def test_coefficients_against_quadrature():
 
 
 def test_snapshots_are_rewritten_identically_and_whole(tmp_path, monkeypatch):
-    _, averages, _ = history_and_averages(4, lengths=(0.1,))
+    _, averages, _ = history_and_averages(4, sigma_rels=(0.1,))
     (path,) = ema.save_snapshot(averages, tmp_path, 4)
     first = path.read_bytes()
     assert ema.read_snapshot_metadata(path) == (4, 0.1, ["directions"])
@@ -399,11 +399,11 @@ def test_snapshots_are_rewritten_identically_and_whole(tmp_path, monkeypatch):
 
 
 def test_what_snapshots_refuse(tmp_path, recorded):
-    net, averages, _ = history_and_averages(4, lengths=(0.1,))
+    net, averages, _ = history_and_averages(4, sigma_rels=(0.1,))
     with pytest.raises(ValueError, match="step 4, not of step 5"):
         ema.save_snapshot(averages, tmp_path, 5)
     with pytest.raises(ValueError, match="has none"):
-        ema.save_snapshot(Averages(net), tmp_path, 0)
+        ema.save_snapshot(EMAWeights(net), tmp_path, 0)
     with torch.no_grad():
         net.scale.fill_(1e9)
     averages.step()
@@ -416,7 +416,7 @@ def test_what_snapshots_refuse(tmp_path, recorded):
     snapshots = ema.find_snapshots(recorded[0] / "full")
     with pytest.raises(ValueError, match="no snapshot of step 30; there are those of 25, 50"):
         ema.reconstruct(snapshots, 0.1, 30)
-    with pytest.raises(ValueError, match="not 0.3"):
+    with pytest.raises(ValueError, match="got 0.3"):
         ema.reconstruct(snapshots, 0.3)
     with pytest.raises(ValueError, match="no snapshots"):
         ema.reconstruct([], 0.1)
@@ -432,7 +432,7 @@ def script():
 
 def test_the_script_builds_the_pipeline(script, tmp_path, make_model, capsys):
     model = make_model(num_classes=2)
-    averages = Averages(model, lengths=(0.05, 0.1))
+    averages = EMAWeights(model, sigma_rels=(0.05, 0.1))
     run = tmp_path / "run"
     for step, _ in enumerate(walk(model, 4), 1):
         averages.step()
@@ -440,7 +440,7 @@ def test_the_script_builds_the_pipeline(script, tmp_path, make_model, capsys):
     pipeline = HDiTPipeline(model, EDMDPMSolverMultistepScheduler(sigma_max=70.0), id2label={0: "cat", 1: "dog"})
     pipeline.save_pretrained(run)
     script.main(["--run", str(run), "--length", "0.08", "--step", "3", "--output_dir", str(tmp_path / "new")])
-    assert "length 0.08 at step 3, from 6 snapshots, its profile met to" in capsys.readouterr().out
+    assert "sigma_rel 0.08 at step 3, from 6 snapshots; its profile differs by 0." in capsys.readouterr().out
     built = HDiTPipeline.from_pretrained(tmp_path / "new")
     assert built.id2label == {0: "cat", 1: "dog"} and built.scheduler.config.sigma_max == 70.0
     expected = ema.reconstruct(ema.find_snapshots(run / "snapshots"), 0.08, 3)
@@ -456,7 +456,7 @@ def test_what_the_script_refuses(script, tmp_path, make_model):
     HDiTPipeline(make_model(), EDMDPMSolverMultistepScheduler()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no snapshots in"):
         script.main(arguments)
-    averages = Averages(Net(), lengths=(0.1,))
+    averages = EMAWeights(Net(), sigma_rels=(0.1,))
     averages.step()
     ema.save_snapshot(averages, tmp_path / "snapshots", 1)
     with pytest.raises(ValueError, match="another network than"):

@@ -330,7 +330,7 @@ def test_what_training_refuses_beforehand(tmp_path, faces, with_tests_on_path):
 
 
 def test_flags_of_training(capsys):
-    from diffusers_hdit.training.training_args import parse_args
+    from diffusers_hdit.training.config import parse_args
 
     base = ["--output_dir", "x", "--dataset_name", "fluent-faces"]
     for flags, message in (

@@ -40,6 +40,8 @@ from diffusers_hdit.hub import model_card
 from diffusers_hdit.hub import push as hub_module
 from diffusers_hdit.hub.model_card import TrainingFacts
 from diffusers_hdit.hub.push import BackgroundPush, push_folder
+from diffusers_hdit.training.config import parse_args
+from diffusers_hdit.training.trainer import run_training
 from diffusers_hdit.utils import remote_code
 
 
@@ -512,8 +514,8 @@ def write_config(folder, **overrides):
 
 TRAIN = """
 import runpy, sys
-from diffusers_hdit import hub
-hub.WAITS = (0.05, 0.05)
+from diffusers_hdit.hub import push
+push.WAITS = (0.05, 0.05)
 sys.argv[0] = script = sys.argv.pop(1)
 runpy.run_path(script, run_name="__main__")
 """
@@ -609,17 +611,12 @@ def test_the_background_swallows_what_the_hub_does(hub, make_pipeline, tmp_path,
 
 
 def test_flags(tmp_path, capsys):
-    from test_training import load_example
-
-    parse = load_example("train_hdit").parse_args
     with pytest.raises(SystemExit):
-        parse(["--dataset_name", "x", "--output_dir", "y", "--hub_model_id", NAME])
+        parse_args(["--dataset_name", "x", "--output_dir", "y", "--hub_model_id", NAME])
     assert "--hub_model_id does nothing without --push_to_hub" in capsys.readouterr().err
     config = write_config(tmp_path, hub_model_id="a/b/c")
     with pytest.raises(ValueError, match="Repo id"):
-        load_example("train_hdit").main(
-            ["--config", str(config), "--output_dir", str(tmp_path / "run"), "--push_to_hub"]
-        )
+        run_training(parse_args(["--config", str(config), "--output_dir", str(tmp_path / "run"), "--push_to_hub"]))
     assert not (tmp_path / "run").exists(), "refused before anything is written"
 
 

@@ -19,7 +19,7 @@ from diffusers_hdit.evaluation import metrics
 from diffusers_hdit.hub.model_card import TrainingFacts
 
 
-SHEET = REPOSITORY / "examples" / "data" / "fluent_faces_64.png"
+SHEET = REPOSITORY / "src" / "diffusers_hdit" / "data" / "fluent_faces_64.png"
 
 
 def features(count, dim=12, seed=0, shift=0.0):

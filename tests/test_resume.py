@@ -20,7 +20,7 @@ OVERRIDES = {
     "validation_steps": 10,
     "random_flip": False,
     "augment_prob": 0.3,
-    "ema_lengths": [0.1],
+    "ema_sigma_rel": [0.1],
     "model": CONFIG["model"],
 }
 
@@ -95,7 +95,7 @@ def test_asked_to_stop(number, config, uninterrupted, tmp_path):
     output, _ = process.communicate()
     assert process.returncode == 0, output
     step = newest(folder)
-    assert f"Stopped by {number.name} after step {step}. Saved checkpoint-{step}. The same command goes on" in output
+    assert f"Stopped by {number.name} after step {step}. Saved checkpoint-{step}. The same command resumes" in output
     assert 3 <= step < STEPS and not (folder / "model_index.json").exists()
     run(TRAIN, "--config", config, "--output_dir", folder)
     assert_same_end(folder, uninterrupted)
@@ -120,16 +120,16 @@ def test_a_finished_run_started_again_is_finished(config, uninterrupted, tmp_pat
     shutil.copytree(uninterrupted, folder)
     run(TRAIN, "--config", config, "--output_dir", folder)
     assert_same_end(folder, uninterrupted)
-    parts = json.loads((folder / "training_facts.json").read_text())["runs"]
-    assert len(parts) == 1, "no part of the training was added"
+    sessions = json.loads((folder / "training_facts.json").read_text())["runs"]
+    assert len(sessions) == 1, "no session of the training was added"
 
 
 # Stands before the script: makes the gradient norms of some steps bad, or dies where a snapshot would be written.
 PREPARED = """
 import sys, runpy, torch
-from diffusers_hdit import ema
+from diffusers_hdit.training import trainer
 bad, die_at, script, *sys.argv[1:] = sys.argv[1:]
-bad, count, total_norm, save = eval(bad), [0], torch.nn.utils.get_total_norm, ema.save_snapshot
+bad, count, total_norm, save = eval(bad), [0], torch.nn.utils.get_total_norm, trainer.save_snapshot
 def get_total_norm(gradients):
     count[0] += 1
     return total_norm(gradients) * (torch.nan if count[0] in bad else 1)
@@ -138,7 +138,7 @@ def save_snapshot(averages, folder, step):
         import os
         os._exit(9)
     return save(averages, folder, step)
-torch.nn.utils.get_total_norm, ema.save_snapshot = get_total_norm, save_snapshot
+torch.nn.utils.get_total_norm, trainer.save_snapshot = get_total_norm, save_snapshot
 sys.argv[0] = script
 sys.path.insert(0, script.rsplit("/", 1)[0])
 runpy.run_path(script, run_name="__main__")

@@ -20,8 +20,8 @@ from diffusers_hdit import (
     diffusion,
     probability_flow,
 )
-from diffusers_hdit.training import training
-from diffusers_hdit.training.training_args import parse_args
+from diffusers_hdit.training import objective
+from diffusers_hdit.training.config import parse_args
 
 
 SIGMAS = {"sigma_min": 0.01, "sigma_max": 80.0, "sigma_data": 0.5}
@@ -195,8 +195,8 @@ def losses_and_inputs(numbers, self_conditioning=True, strata=None, **flags):
     }
     recorder = Recorder()
     settings = {"self_conditioning": True} if self_conditioning else {}
-    values, sigmas = training.draw_and_compute_loss(
-        recorder, batch, torch.device("cpu"), num_classes=13, image_size=16, strata=strata or {}, args=args, **settings
+    values, sigmas = objective.sample_and_compute_loss(
+        recorder, batch, torch.device("cpu"), args, num_classes=13, image_size=16, strata=strata or {}, **settings
     )
     return {"loss": values, "sigma": sigmas, **recorder.calls[-1]}, recorder.calls
 

@@ -203,9 +203,9 @@ def test_held_out_errors_are_those_of_the_loss(make_model):
     sigma = torch.tensor(found["sigma"][1], dtype=torch.float64)
     x = torch.stack(list(images)).double() / 127.5 - 1
     from diffusers_hdit.data.dataset import mixed_seed
-    from diffusers_hdit.training.training import draw_noise
+    from diffusers_hdit.training.objective import sample_noise
 
-    noise = draw_noise(x.shape, mixed_seed("held-out", 0, 1), range(5), x.device).double()
+    noise = sample_noise(x.shape, mixed_seed("held-out", 0, 1), range(5), x.device).double()
     noised = x + sigma * noise
     total = sigma**2 + 0.25
     with torch.no_grad():

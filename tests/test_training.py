@@ -8,6 +8,7 @@ import sqlite3
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import REPOSITORY
 from diffusers.optimization import get_scheduler
 from PIL import Image
@@ -17,9 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from diffusers_hdit import DPMSolverPP3MSDEScheduler, HDiTModel, HDiTPipeline, HDiTUpscalePipeline, diffusion
 from diffusers_hdit.data.dataset import load_images
-from diffusers_hdit.training import training
+from diffusers_hdit.training import objective, optimization, validation
+from diffusers_hdit.training.config import parse_args
 from diffusers_hdit.training.monitoring import read_lines
-from diffusers_hdit.training.training_args import parse_args
+from diffusers_hdit.training.trainer import run_training
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def test_wandb_has_the_run(tmp_path, monkeypatch):
 
 
 def test_trackio_has_the_run(tmp_path, monkeypatch):
-    """Also of a run in two parts: under one name."""
+    """Also of a run in two sessions: under one name."""
     pytest.importorskip("trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     arguments = ["--config", write_config(tmp_path), "--output_dir", tmp_path / "run", "--report_to", "trackio"]
@@ -112,7 +114,10 @@ def test_a_dry_run_says_what_would_be_done(tmp_path):
     output = run(TRAIN, "--config", config, "--output_dir", folder, "--dry_run", "--gradient_checkpointing", "0,1",
                  "--num_train_epochs", 3, "--ema_decay", 0.999, 0.9999)  # fmt: skip
     assert "85.1M parameters, 206.1 GMAC an image" in output and "124 images at 1024×1024, 13 classes" in output
-    assert "6 steps of 2 images (2 × 1 processes × 1 parts), 0.1 epochs" in output and "from the beginning" in output
+    assert (
+        "6 steps of 2 images (2 × 1 processes × 1 accumulation steps), 0.1 epochs" in output
+        and "from the beginning" in output
+    )
     # 4 bytes for weights and gradients, 8 for the optimizer, 4 for each average; 878.3 MiB an image in bfloat16.
     assert "1.90 for weights, gradients, optimizer and averages, 1757 MiB an image" in output
     assert str(folder) in output and not folder.exists()
@@ -180,12 +185,12 @@ def test_it_learns(tmp_path):
     args = parse_args(["--config", str(write_config(tmp_path)), "--output_dir", "x"])
     torch.manual_seed(0)
     model = HDiTModel(**{**args.model, "num_classes": 13, "dropout": 0.0})
-    optimizer = torch.optim.AdamW(training.parameter_groups(model, 2e-3, 0.01, 1 / 3))
+    optimizer = torch.optim.AdamW(optimization.parameter_groups(model, 2e-3, 0.01, 1 / 3))
     losses = []
     for step in range(80):
         batch = faces(range(16), range(16 * step, 16 * step + 16))
-        loss, _ = training.draw_and_compute_loss(
-            model, batch, torch.device("cpu"), num_classes=13, image_size=16, strata={}, args=args
+        loss, _ = objective.sample_and_compute_loss(
+            model, batch, torch.device("cpu"), args, num_classes=13, image_size=16, strata={}
         )
         loss.mean().backward()
         optimizer.step()
@@ -212,7 +217,7 @@ def test_additive_positions_do_not_decay(make_model):
     model = make_model(position_embedding="additive")
     (group,) = [
         g
-        for g in training.parameter_groups(model, 1.0, 0.5, 0.25)
+        for g in optimization.parameter_groups(model, 1.0, 0.5, 0.25)
         if any(p is model.patch_in.positions for p in g["params"])
     ]
     assert group["weight_decay"] == 0
@@ -221,7 +226,7 @@ def test_additive_positions_do_not_decay(make_model):
 def test_parameter_groups(make_model):
     """Every parameter once; the rule of the paper for some of each kind."""
     model = make_model(num_classes=3, mapping_cond_dim=2)
-    groups = training.parameter_groups(model, 1.0, 0.5, 0.25)
+    groups = optimization.parameter_groups(model, 1.0, 0.5, 0.25)
     found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(found) == len(list(model.parameters()))
     by_name = {name: found[id(p)] for name, p in model.named_parameters()}
@@ -255,8 +260,8 @@ def drawn(batch, strata=None, **flags):
     ]
     args = parse_args(["--dataset_name", "x", "--output_dir", "y", *arguments])
     recorder = Recorder()
-    losses, sigmas = training.draw_and_compute_loss(
-        recorder, batch, torch.device("cpu"), num_classes=13, image_size=16, strata=strata or {}, args=args
+    losses, sigmas = objective.sample_and_compute_loss(
+        recorder, batch, torch.device("cpu"), args, num_classes=13, image_size=16, strata=strata or {}
     )
     return {"loss": losses, "sigma": sigmas, **recorder.calls[0]}
 
@@ -282,7 +287,7 @@ def test_draws_follow_the_image_however_the_batch_is_divided(flags):
 
 def test_noise_is_standard_normal_and_levels_are_stratified():
     batch = faces([0] * 512, range(512))
-    noise = training.draw_noise((512, 3, 16, 16), 0, batch["number"].tolist(), torch.device("cpu"))
+    noise = objective.sample_noise((512, 3, 16, 16), 0, batch["number"].tolist(), torch.device("cpu"))
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
     assert abs(torch.corrcoef(noise[:2].flatten(1))[0, 1]) < 0.15
     # In the order of their numbers every image has a stratum of its own.
@@ -317,7 +322,7 @@ def test_conditions_say_that_they_are_there():
 def test_a_bad_step_changes_nothing():
     """Weights, moments and their counts, with the fused optimizer and with one that can't look on the device; clipped
     gradients give the steps of torch's own clipping."""
-    accelerator = load_example("train_hdit").Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True)
     for options in ({"fused": True}, {"foreach": True}):
         model, reference = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4).double()
         reference.load_state_dict(model.state_dict())
@@ -327,7 +332,7 @@ def test_a_bad_step_changes_nothing():
         def step(factor, max_norm, model=model, optimizer=optimizer, reported=0.0):
             loss = (factor * model(torch.ones(1, 4)).square()).sum()
             loss.backward()
-            values = training.clipped_step(accelerator, model, optimizer, loss.detach() + reported, max_norm)
+            values = optimization.clipped_step(accelerator, model, optimizer, loss.detach() + reported, max_norm)
             optimizer.zero_grad()
             state = [v for s in optimizer.state.values() for v in s.values()]
             return values, [v.detach().clone() for v in (*model.parameters(), *state)]
@@ -361,7 +366,7 @@ def test_the_schedule_is_set_to_any_step():
     for _ in range(11):
         walked.step()
         walking.step()
-    training.set_schedule(jumping, 11)
+    optimization.set_schedule(jumping, 11)
     for _ in range(3):
         assert walking.get_last_lr() == jumping.get_last_lr()
         assert [group["lr"] for group in walked.param_groups] == [group["lr"] for group in jumped.param_groups]
@@ -371,19 +376,19 @@ def test_the_schedule_is_set_to_any_step():
 
 def test_grids_of_channels_that_are_no_colours(tmp_path):
     images = torch.linspace(0, 1, 4 * 5 * 8 * 6).view(4, 5, 8, 6)
-    training.save_image_grid(images, tmp_path / "samples" / "grid.png")
+    validation.save_image_grid(images, tmp_path / "samples" / "grid.png")
     grid = np.asarray(Image.open(tmp_path / "samples" / "grid.png"))
     assert grid.shape == (16, 60, 3)
     np.testing.assert_array_equal(grid[:8, 6:12, 0], (images[0, 1] * 255).round().numpy())
 
 
 def test_auto_precision(monkeypatch):
-    assert training.resolve_mixed_precision("no", torch.device("cpu")) == "no"
-    assert training.resolve_mixed_precision("auto", torch.device("mps")) == "no"
+    assert optimization.resolve_mixed_precision("no", torch.device("cpu")) == "no"
+    assert optimization.resolve_mixed_precision("auto", torch.device("mps")) == "no"
     for products, precision in (((), "no"), (("avx512_bf16",), "bf16"), (("amx_tile",), "bf16")):
         for name in ("avx512_bf16", "amx_tile"):
             monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda has=name in products: has, raising=False)
-        assert training.resolve_mixed_precision("auto", torch.device("cpu")) == precision
+        assert optimization.resolve_mixed_precision("auto", torch.device("cpu")) == precision
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -392,13 +397,12 @@ def test_auto_precision(monkeypatch):
 
 @pytest.fixture
 def refuse(tmp_path):
-    module = load_example("train_hdit")
-
     def check(message, *arguments, **config):
         before = sorted(tmp_path.rglob("*"))
         path = write_config(tmp_path, **config)
         with pytest.raises((ValueError, FileNotFoundError), match=message):
-            module.main(["--config", str(path), "--output_dir", str(tmp_path / "run"), *map(str, arguments)])
+            flags = ["--config", str(path), "--output_dir", str(tmp_path / "run"), *map(str, arguments)]
+            run_training(parse_args(flags))
         assert sorted(tmp_path.rglob("*")) in (before, sorted([*before, path]))
 
     return check

@@ -29,7 +29,7 @@ from diffusers_hdit import HDiTModel, HDiTPipeline
 from diffusers_hdit.data.dataset import load_images
 from diffusers_hdit.evaluation import evaluator as evaluation
 from diffusers_hdit.evaluation import metrics
-from diffusers_hdit.training.checkpointing import write_durably
+from diffusers_hdit.utils.files import write_atomically
 
 
 RESEARCH = Path(__file__).resolve().parent
@@ -220,7 +220,7 @@ def finetuned(name: str, pipeline: HDiTPipeline, resolution: int, treatment: str
         found = HDiTPipeline(finetune(network, dataset, args.finetune_steps, settings), pipeline.scheduler)
         partial = folder.with_name(f".partial-{folder.name}")
         found.save_pretrained(partial)
-        write_durably(partial / noted.name, json.dumps(about))
+        write_atomically(partial / noted.name, json.dumps(about))
         os.replace(partial, folder)
     found.to(pipeline.device)
     return found
@@ -258,8 +258,8 @@ def line_of(result: dict) -> str:
 
 def write(results: list[dict], pictures: dict, args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
-    write_durably(output_dir / "results.json", json.dumps(results, indent=1))
-    write_durably(output_dir / "results.md", table(results, args))
+    write_atomically(output_dir / "results.json", json.dumps(results, indent=1))
+    write_atomically(output_dir / "results.md", table(results, args))
     draw_plot(results, output_dir / "distances.png")
     done = sorted({result["resolution"] for result in results})
     for resolution in done:

@@ -10,9 +10,10 @@ from tqdm.auto import tqdm
 from diffusers_hdit.data.dataset import make_loader
 from diffusers_hdit.models.ablations import PatchInWithPositions
 from diffusers_hdit.models.modeling_hdit import HDiTModel
-from diffusers_hdit.training.ema import Averages
-from diffusers_hdit.training.training import draw_and_compute_loss, make_optimizer, seed_dropout
-from diffusers_hdit.training.training_args import parse_args
+from diffusers_hdit.training.config import parse_args
+from diffusers_hdit.training.ema import EMAWeights
+from diffusers_hdit.training.objective import sample_and_compute_loss, seed_dropout
+from diffusers_hdit.training.optimization import make_optimizer
 
 
 # Two ways to place the tokens of another size; see `HDiTModel.set_position_size`.
@@ -86,7 +87,7 @@ def finetune(network: HDiTModel, dataset, steps: int, args: argparse.Namespace) 
         )
     device = network.device
     optimizer = make_optimizer(network, args, device)
-    averages = Averages(network, args.ema_decay)
+    averages = EMAWeights(network, args.ema_decay)
     batches = iter(make_loader(dataset, batch_size=args.train_batch_size, seed=args.seed))
     network.train()
     draws = {"num_classes": None, "image_size": max(dataset.resolution), "strata": {}, "args": args}
@@ -95,7 +96,7 @@ def finetune(network: HDiTModel, dataset, steps: int, args: argparse.Namespace) 
     for _ in tqdm(range(steps), desc="fine-tuning", unit="step"):
         batch = next(batches)
         seed_dropout(args.seed, batch["number"][0].item())
-        losses, _ = draw_and_compute_loss(network, batch, device, **draws)
+        losses, _ = sample_and_compute_loss(network, batch, device, **draws)
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
         optimizer.step()

@@ -23,7 +23,7 @@ from study import Study, check_features, read_study
 from study_runs import Run, carry_out, reference_features
 
 from diffusers_hdit.data.dataset import load_images
-from diffusers_hdit.training.checkpointing import write_durably
+from diffusers_hdit.utils.files import write_atomically
 
 
 RESEARCH = Path(__file__).resolve().parent
@@ -176,7 +176,7 @@ def prepare_data(study: Study, args: argparse.Namespace) -> None:
         command = [sys.executable, RESEARCH / "make_panorama_views.py", "--output_dir", output_dir / "data" / name]
         command += [part for key, value in settings.items() for part in (f"--{key}", value)]
         subprocess.run(list(map(str, command)), check=True)
-        write_durably(done, json.dumps(settings))
+        write_atomically(done, json.dumps(settings))
     torch.set_num_threads(args.threads)
     for folder in (
         args.train_data_dir or output_dir / "data" / "train",

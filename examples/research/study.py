@@ -27,8 +27,8 @@ from diffusers_hdit.evaluation.metrics import load_extractor
 from diffusers_hdit.evaluation.profiler import profile_network
 from diffusers_hdit.models.modeling_hdit import HDiTModel
 from diffusers_hdit.models.networks import NETWORKS
-from diffusers_hdit.training.training import make_scheduler
-from diffusers_hdit.training.training_args import parse_args
+from diffusers_hdit.training.config import parse_args
+from diffusers_hdit.training.saving import make_scheduler
 
 
 # What the base must have, with the type of each. Shares are of the training's steps.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from study import Row, Study
 
-from diffusers_hdit.training.checkpointing import write_durably
+from diffusers_hdit.utils.files import write_atomically
 
 
 LOG_FROM = 4  # times as many images in one row as in another: a linear axis would squeeze the latter
@@ -322,7 +322,7 @@ def write(
         (markdown(study, results, failed), csv_of_rows(study, results), csv_of_points(study, results)),
         strict=False,
     ):
-        write_durably(path, text)
+        write_atomically(path, text)
     if not any(results.values()):
         return paths[:3]
     draw(study, results, paths[3])

@@ -29,9 +29,9 @@ from diffusers_hdit.data.dataset import load_images, mixed_seed, to_float
 from diffusers_hdit.evaluation import evaluator as evaluation
 from diffusers_hdit.evaluation import metrics
 from diffusers_hdit.pipelines.pipeline_hdit import HDiTPipeline
-from diffusers_hdit.training.checkpointing import write_durably
 from diffusers_hdit.training.monitoring import read_lines
-from diffusers_hdit.training.training import draw_noise
+from diffusers_hdit.training.objective import sample_noise
+from diffusers_hdit.utils.files import write_atomically
 
 
 BATCH = 64
@@ -91,7 +91,7 @@ def carry_out(run: Run) -> None:
             return
         if not all(average_path(run, step).is_file() for step in run.steps):
             train(run)
-        write_durably(run.result_path, json.dumps(evaluate(run), indent=1))
+        write_atomically(run.result_path, json.dumps(evaluate(run), indent=1))
 
 
 def die_with_parent() -> None:
@@ -121,7 +121,7 @@ def train(run: Run) -> None:
         "report_to": "none",
     }
     path = run.folder / "config.json"
-    write_durably(path, json.dumps(config, indent=2))
+    write_atomically(path, json.dumps(config, indent=2))
     if run.pipeline_dir.is_dir() and not any(run.pipeline_dir.glob("checkpoint-*")):
         shutil.rmtree(run.pipeline_dir)  # killed before there was anything to go on from
     load_main(run.train_script)(["--config", str(path), "--output_dir", str(run.pipeline_dir)])
@@ -189,7 +189,7 @@ def evaluate(run: Run) -> dict:
 
 
 def load_average(network: nn.Module, path: Path) -> None:
-    """Averages are of parameters; what else a network has (Fourier projections) never changes."""
+    """EMAWeights are of parameters; what else a network has (Fourier projections) never changes."""
     found = network.load_state_dict(load_file(path), strict=False)
     trained = {name for name, _ in network.named_parameters()} & set(found.missing_keys)
     if found.unexpected_keys or trained:
@@ -221,7 +221,7 @@ def held_out_errors(network: nn.Module, images, wanted: dict, sigma_data: float 
         image = to_float(evaluation.real_images(images, numbers)).to(device)
         for i, sigma in enumerate(sigmas):
             seed = mixed_seed("held-out", wanted["seed"], i)
-            noise = draw_noise(image.shape, seed, numbers, image.device)
+            noise = sample_noise(image.shape, seed, numbers, image.device)
             sums[i] += (
                 errors(network, image, noise, sigma.to(device).expand(len(image)), sigma_data).cpu().double().sum()
             )

@@ -1,14 +1,14 @@
-"""What is seen of a training while it runs: bad steps, loss spikes, loss by noise level, `metrics.jsonl`.
+"""Monitoring of a training: skipped steps, loss spikes, loss by noise level, `metrics.jsonl`.
 
-Nothing here makes an accelerator wait: numbers are copied off it as they arise and looked at one step later, when the
-copy has long arrived and the next step is under way.
+Nothing here makes an accelerator wait: numbers are copied to the host as they arise and inspected one step later, when
+the copy has arrived and the next step is running.
 """
 
 import json
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,23 +17,24 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from .checkpointing import write_durably
+from ..utils.files import write_atomically
 
 
-MAX_BAD_STEPS = 10
+MAX_SKIPPED_STEPS = 10
 # A spike is a loss this many standard deviations over the mean of the last SPIKE_MEMORY steps.
 SPIKE_DEVIATIONS, SPIKE_MEMORY = 6.0, 100
 
 
 class TrainingDiverged(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is no number."""
+    """Too many steps in a row had a loss or gradient that is not finite."""
 
 
 @dataclass
 class StepRecord:
     """
-    One optimizer step. On the device until `arrive`d; `loss` and `grad_norm` are those of the global batch, the lists
-    those of this process's images.
+    One optimizer step: `loss` and `grad_norm` are those of the global batch, the lists those of this process's images.
+
+    The values are on the device until `copy_to_host` and `synchronize` were called.
     """
 
     step: int
@@ -43,8 +44,8 @@ class StepRecord:
     indices: Tensor  # (B,) image numbers in the dataset
     event: "torch.Event | None" = None
 
-    def leave(self) -> "StepRecord":
-        """Starts the copies to the host."""
+    def copy_to_host(self) -> "StepRecord":
+        """Start the copies to the host."""
         device = self.values.device
         if device.type != "cpu":
             for name in ("values", "losses", "sigmas"):
@@ -55,7 +56,8 @@ class StepRecord:
             self.event.record()
         return self
 
-    def arrive(self) -> "StepRecord":
+    def synchronize(self) -> "StepRecord":
+        """Wait for the copies."""
         if self.event is not None:
             self.event.synchronize()
         return self
@@ -73,100 +75,112 @@ class StepRecord:
         return not bool(self.values.isfinite().all())
 
 
-class Watch:
+# The names of the state in `progress.json`, which are those of the first version, and of the attributes.
+MONITOR_STATE = {
+    "bad": "skipped",
+    "bad_in_row": "consecutive_skips",
+    "losses": "losses",
+    "grad_norms": "grad_norms",
+    "lines": "messages",
+    "recent": "recent_losses",
+    "bad_ones": "recent_skips",
+}
+
+
+class TrainingMonitor:
     """
-    Counts bad steps and names loss spikes; one step late, or at once after `catch_up`.
+    Count skipped steps and report loss spikes, one step late, or at once after `flush`.
 
     Attributes:
-        bad: steps so far whose loss or gradient was not finite; they changed no weights.
-        bad_in_row: how many of them were the last ones.
-        lines: what there is to say since they were last taken.
+        skipped: steps so far whose loss or gradient was not finite; they changed no weights.
+        consecutive_skips: how many of them were the last steps.
+        messages: what there is to tell since the last `pop`.
     """
 
     def __init__(self, num_processes: int):
         self.num_processes = num_processes
-        self.waiting: StepRecord | None = None
-        self.recent: deque[float] = deque(maxlen=SPIKE_MEMORY)
-        self.bad = self.bad_in_row = 0
-        self.bad_ones: deque[str] = deque(maxlen=MAX_BAD_STEPS)
-        self.lines: list[str] = []
+        self.pending: StepRecord | None = None
+        self.recent_losses: deque[float] = deque(maxlen=SPIKE_MEMORY)
+        self.skipped = self.consecutive_skips = 0
+        self.recent_skips: deque[str] = deque(maxlen=MAX_SKIPPED_STEPS)
+        self.messages: list[str] = []
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
 
     def add(self, record: StepRecord) -> None:
         """
-        Takes a step's record and looks at the one before.
+        Take a step's record, and inspect the one before.
 
         Raises:
-            TrainingDiverged: after `MAX_BAD_STEPS` bad steps in a row.
+            TrainingDiverged: after `MAX_SKIPPED_STEPS` skipped steps in a row.
         """
-        waiting, self.waiting = self.waiting, record.leave()
-        if waiting is not None:
-            self.look_at(waiting)
+        pending, self.pending = self.pending, record.copy_to_host()
+        if pending is not None:
+            self.inspect(pending)
 
-    def catch_up(self) -> None:
-        """Looks at the newest step too, waiting for it."""
-        waiting, self.waiting = self.waiting, None
-        if waiting is not None:
-            self.look_at(waiting)
+    def flush(self) -> None:
+        """Inspect the newest step too, and wait for it."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            self.inspect(pending)
 
-    def look_at(self, record: StepRecord) -> None:
-        record.arrive()
+    def inspect(self, record: StepRecord) -> None:
+        record.synchronize()
         if record.is_bad:
-            self.bad, self.bad_in_row = self.bad + 1, self.bad_in_row + 1
-            line = f"step {record.step}: loss {record.loss:.4g}, gradient norm {record.grad_norm:.4g}; " + self.worst(
-                record
+            self.skipped, self.consecutive_skips = self.skipped + 1, self.consecutive_skips + 1
+            message = (
+                f"step {record.step}: loss {record.loss:.4g}, gradient norm {record.grad_norm:.4g}; "
+                + self.worst(record)
             )
-            self.bad_ones.append(line)
-            self.lines.append(f"Skipped {line}")
-            if self.bad_in_row >= MAX_BAD_STEPS:
+            self.recent_skips.append(message)
+            self.messages.append(f"Skipped {message}")
+            if self.consecutive_skips >= MAX_SKIPPED_STEPS:
                 raise TrainingDiverged(
-                    f"{self.bad_in_row} steps in a row had a loss or gradient that is not finite:\n  "
-                    + "\n  ".join(self.bad_ones)
+                    f"{self.consecutive_skips} steps in a row had a loss or gradient that is not finite:\n  "
+                    + "\n  ".join(self.recent_skips)
                 )
             return
-        self.bad_in_row = 0
+        self.consecutive_skips = 0
         self.losses.append(record.loss)
         self.grad_norms.append(record.grad_norm)
-        if len(self.recent) == SPIKE_MEMORY:
-            recent = torch.tensor(self.recent, dtype=torch.float64)
+        if len(self.recent_losses) == SPIKE_MEMORY:
+            recent = torch.tensor(self.recent_losses, dtype=torch.float64)
             deviations = (record.loss - recent.mean().item()) / max(recent.std().item(), 1e-12)
             if deviations > SPIKE_DEVIATIONS:
-                self.lines.append(
+                self.messages.append(
                     f"Loss spike at step {record.step}: {record.loss:.4g}, {deviations:.0f} standard deviations over the "
                     f"mean of {SPIKE_MEMORY} steps ({recent.mean().item():.4g}); {self.worst(record)}"
                 )
-        self.recent.append(record.loss)
+        self.recent_losses.append(record.loss)
 
     def worst(self, record: StepRecord) -> str:
-        """The images of the global batch with the highest loss. All processes see the same loss, so all come here."""
+        """Name the images of the global batch with the highest loss; all processes see the same loss, so all call it."""
         order = record.losses.float().nan_to_num(nan=math.inf).argsort(descending=True)[:3].tolist()
         here = [(record.losses[i].item(), record.sigmas[i].item(), int(record.indices[i])) for i in order]
         everywhere = gather_object(here) if self.num_processes > 1 else here
         everywhere.sort(key=lambda image: image[0] if math.isfinite(image[0]) else math.inf, reverse=True)
         return "worst images: " + ", ".join(f"{i} (sigma {s:.3g}, loss {loss:.3g})" for loss, s, i in everywhere[:3])
 
-    def take(self) -> tuple[list[float], list[float], list[str]]:
-        """Losses and gradient norms of the good steps since the last call, and lines to print."""
-        taken = self.losses, self.grad_norms, self.lines
-        self.losses, self.grad_norms, self.lines = [], [], []
-        return taken
+    def pop(self) -> tuple[list[float], list[float], list[str]]:
+        """Return the losses and gradient norms of the steps taken since the last call, and the messages."""
+        popped = self.losses, self.grad_norms, self.messages
+        self.losses, self.grad_norms, self.messages = [], [], []
+        return popped
 
     def state_dict(self) -> dict:
-        """JSON data; after `catch_up`."""
-        names = ("bad", "bad_in_row", "losses", "grad_norms", "lines")
-        lists = {"recent": list(self.recent), "bad_ones": list(self.bad_ones)}
-        return {name: getattr(self, name) for name in names} | lists
+        """Return JSON data; after `flush`."""
+        state = {name: getattr(self, attribute) for name, attribute in MONITOR_STATE.items()}
+        return {name: list(value) if isinstance(value, deque) else value for name, value in state.items()}
 
     def load_state_dict(self, state: dict) -> None:
-        for name in ("bad", "bad_in_row", "losses", "grad_norms", "lines"):
-            setattr(self, name, state[name])
-        self.recent = deque(state["recent"], maxlen=SPIKE_MEMORY)
-        self.bad_ones = deque(state["bad_ones"], maxlen=MAX_BAD_STEPS)
+        for name, attribute in MONITOR_STATE.items():
+            before = getattr(self, attribute)
+            value = deque(state[name], maxlen=before.maxlen) if isinstance(before, deque) else state[name]
+            setattr(self, attribute, value)
 
 
 class Stopwatch:
-    """Seconds of training since the last report, without pauses for saving and drawing, and what they were spent on."""
+    """Measures the seconds of training since the last report, without pauses for saving and sampling."""
 
     def __init__(self):
         self.reset()
@@ -181,7 +195,7 @@ class Stopwatch:
         self.paused += time.perf_counter() - begin
 
     def wait_for(self, batches: Iterator):
-        """The next batch; the time it takes counts as waiting for data."""
+        """Return the next batch, and count the time it takes as waiting for data."""
         begin = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - begin
@@ -193,28 +207,28 @@ class Stopwatch:
 
 
 class LossBySigma:
-    """Sums of losses in bins of ln(sigma), four a decade from 1e-3 to 1e3, kept on the device."""
+    """Sums up losses in bins of ln(sigma), four per decade from 1e-3 to 1e3, on the device."""
 
     def __init__(self, device: torch.device):
         self.edges = torch.logspace(-3, 3, 25, dtype=torch.float64).float().to(device)
         self.sums = torch.zeros(2, 26, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
 
     def add(self, sigmas: Tensor, losses: Tensor) -> None:
-        """`(B,)` each, on the device."""
+        """Add losses `(B,)` at their noise levels `(B,)`, both on the device."""
         finite = losses.isfinite()
         values = torch.stack((torch.where(finite, losses, 0.0), finite)).to(self.sums.dtype)
         self.sums.index_add_(1, torch.bucketize(sigmas, self.edges), values)
 
-    def state(self, reduce) -> list:
-        """JSON data: the sums of all processes."""
+    def state(self, reduce: Callable) -> list:
+        """Return the sums of all processes as JSON data."""
         return reduce(self.sums).tolist()
 
     def load_state(self, state: list) -> None:
-        """On one process only: the sums are those of all."""
+        """Load the sums of all processes, on one process only."""
         self.sums.copy_(torch.tensor(state, dtype=self.sums.dtype))
 
-    def take(self, reduce) -> dict:
-        """`{"sigma": bin middles, "loss": means, "images": counts}` of the bins that got any; starts anew."""
+    def pop(self, reduce: Callable) -> dict:
+        """Return `{"sigma": bin middles, "loss": means, "images": counts}` of the bins that have any, and reset them."""
         sums, counts = reduce(self.sums).tolist()
         self.sums.zero_()
         edges = self.edges.tolist()
@@ -229,16 +243,16 @@ class LossBySigma:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, by step. A resumed run goes on after its checkpoint's step."""
+    """`metrics.jsonl`, a JSON object per line; a resumed run continues after its checkpoint's step."""
 
     def __init__(self, path: Path, step: int):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_lines(path) if line["step"] <= step] if step else []
-        write_durably(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept), durable=True)
 
     def last_step_with(self, name: str) -> int | None:
-        """The newest step that wrote down a value of this name."""
+        """Return the newest step that recorded a value of this name."""
         return max((line["step"] for line in read_lines(self.path) if name in line), default=None)
 
     def add(self, **values) -> None:
@@ -247,7 +261,7 @@ class MetricsFile:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of a `metrics.jsonl`; one that was cut off by a crash is left out."""
+    """Read the lines of a `metrics.jsonl`; one that was cut off by a crash is left out."""
     lines = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:

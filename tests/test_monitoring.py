@@ -1,4 +1,4 @@
-"""What is seen of a training: bad steps, spikes, loss by noise level, the metrics file."""
+"""Monitoring of a training: skipped steps, spikes, loss by noise level, the metrics file."""
 
 import json
 import math
@@ -8,12 +8,12 @@ import torch
 from running import load_example
 
 from diffusers_hdit.training.monitoring import (
-    MAX_BAD_STEPS,
+    MAX_SKIPPED_STEPS,
     LossBySigma,
     MetricsFile,
     StepRecord,
     TrainingDiverged,
-    Watch,
+    TrainingMonitor,
     read_lines,
 )
 
@@ -23,54 +23,56 @@ def record(step, loss, grad_norm=1.0, losses=(0.1, 0.3, 0.2)):
     return StepRecord(step, torch.tensor([loss, grad_norm]), torch.tensor(losses), sigmas, indices)
 
 
-def test_steps_are_looked_at_one_later_or_on_request():
-    watch = Watch(1)
-    watch.add(record(1, 0.5))
-    assert watch.take()[0] == []
-    watch.add(record(2, 0.25))
-    watch.catch_up()
-    assert watch.take() == ([0.5, 0.25], [1.0, 1.0], [])
+def test_steps_are_inspected_one_later_or_on_request():
+    monitor = TrainingMonitor(1)
+    monitor.add(record(1, 0.5))
+    assert monitor.pop()[0] == []
+    monitor.add(record(2, 0.25))
+    monitor.flush()
+    assert monitor.pop() == ([0.5, 0.25], [1.0, 1.0], [])
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (0.1, math.nan), (0.1, math.inf)])
-def test_bad_steps_are_counted_and_named(loss, norm):
-    watch = Watch(1)
+def test_skipped_steps_are_counted_and_named(loss, norm):
+    monitor = TrainingMonitor(1)
     for step in range(1, 4):
-        watch.add(record(step, loss, norm, losses=(0.1, math.nan, 0.2)))
-    watch.add(record(4, 0.1))
-    watch.catch_up()
-    losses, _, lines = watch.take()
-    assert (watch.bad, watch.bad_in_row, losses) == (3, 0, pytest.approx([0.1]))
-    assert lines[0].startswith("Skipped step 1") and "worst images: 8 (sigma 2, loss nan), 9 (sigma 3" in lines[0]
+        monitor.add(record(step, loss, norm, losses=(0.1, math.nan, 0.2)))
+    monitor.add(record(4, 0.1))
+    monitor.flush()
+    losses, _, messages = monitor.pop()
+    assert (monitor.skipped, monitor.consecutive_skips, losses) == (3, 0, pytest.approx([0.1]))
+    assert (
+        messages[0].startswith("Skipped step 1") and "worst images: 8 (sigma 2, loss nan), 9 (sigma 3" in messages[0]
+    )
 
 
 def test_too_many_in_a_row_end_the_run():
-    watch = Watch(1)
-    for step in range(MAX_BAD_STEPS - 1):
-        watch.add(record(step, math.nan))
-    watch.add(record(20, 0.1))
-    for step in range(30, 30 + MAX_BAD_STEPS - 1):
-        watch.add(record(step, 0.1, math.inf))
-    watch.add(record(50, math.nan))
-    with pytest.raises(TrainingDiverged, match=f"{MAX_BAD_STEPS} steps in a row.*(?s:.)*step 30.*(?s:.)*step 50"):
-        watch.catch_up()
+    monitor = TrainingMonitor(1)
+    for step in range(MAX_SKIPPED_STEPS - 1):
+        monitor.add(record(step, math.nan))
+    monitor.add(record(20, 0.1))
+    for step in range(30, 30 + MAX_SKIPPED_STEPS - 1):
+        monitor.add(record(step, 0.1, math.inf))
+    monitor.add(record(50, math.nan))
+    with pytest.raises(TrainingDiverged, match=f"{MAX_SKIPPED_STEPS} steps in a row.*(?s:.)*step 30.*(?s:.)*step 50"):
+        monitor.flush()
 
 
 def test_a_spike_is_named_with_sigma_and_images():
-    watch = Watch(1)
+    monitor = TrainingMonitor(1)
     for step in range(150):
-        watch.add(record(step, 0.1 + 0.001 * math.sin(step)))
-    assert watch.take()[2] == []
-    watch.add(record(150, 0.2))
-    state = json.loads(json.dumps(watch.state_dict()))
-    watch.catch_up()
-    (line,) = watch.take()[2]
+        monitor.add(record(step, 0.1 + 0.001 * math.sin(step)))
+    assert monitor.pop()[2] == []
+    monitor.add(record(150, 0.2))
+    state = json.loads(json.dumps(monitor.state_dict()))
+    monitor.flush()
+    (line,) = monitor.pop()[2]
     assert line.startswith("Loss spike at step 150: 0.2,") and "worst images: 8 (sigma 2, loss 0.3)" in line
-    resumed = Watch(1)
+    resumed = TrainingMonitor(1)
     resumed.load_state_dict(state)
     resumed.add(record(150, 0.2))
-    resumed.catch_up()
-    assert resumed.take()[2] != [], "a resumed run remembers what is usual"
+    resumed.flush()
+    assert resumed.pop()[2] != [], "a resumed run remembers what is usual"
 
 
 def test_loss_by_sigma_against_a_loop():
@@ -81,7 +83,7 @@ def test_loss_by_sigma_against_a_loop():
     bins = LossBySigma(torch.device("cpu"))
     for part in range(0, 2000, 100):
         bins.add(sigmas[part : part + 100], losses[part : part + 100])
-    found = bins.take(lambda sums: sums)
+    found = bins.pop(lambda sums: sums)
     expected = {}
     for sigma, loss in zip(sigmas.tolist(), losses.tolist(), strict=True):
         if not math.isnan(loss):
@@ -90,10 +92,10 @@ def test_loss_by_sigma_against_a_loop():
     assert found["images"] == [len(expected[i]) for i in sorted(expected)] and sum(found["images"]) == 1999
     assert found["loss"] == pytest.approx([sum(expected[i]) / len(expected[i]) for i in sorted(expected)], rel=1e-6)
     assert found["sigma"] == pytest.approx([10 ** (-3 + (i + 0.5) / 4) for i in sorted(expected)], rel=1e-3)
-    assert bins.take(lambda sums: sums) == {"sigma": [], "loss": [], "images": []}
+    assert bins.pop(lambda sums: sums) == {"sigma": [], "loss": [], "images": []}
 
 
-def test_a_resumed_metrics_file_goes_on_at_its_step(tmp_path):
+def test_a_resumed_metrics_file_continues_at_its_step(tmp_path):
     path = tmp_path / "logs" / "metrics.jsonl"
     metrics = MetricsFile(path, 0)
     for step in (1, 2, 3):
