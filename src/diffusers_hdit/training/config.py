@@ -375,8 +375,9 @@ def normalize(config: TrainingConfig) -> None:
     elif isinstance(config.condition_columns, list):
         nested = [x if isinstance(x, list) else [x] for x in config.condition_columns]
         config.condition_columns = [name for names in nested for name in names]
-    if isinstance(config.noise_density_params, list):
-        config.noise_density_params = dict(config.noise_density_params)
+    params = config.noise_density_params
+    if isinstance(params, list) and all(isinstance(pair, tuple) for pair in params):
+        config.noise_density_params = dict(params)
     if isinstance(config.compile, bool):
         config.compile = "default" if config.compile else "none"
     checkpointing = config.gradient_checkpointing
@@ -404,7 +405,8 @@ def check_value(f: dataclasses.Field, value: Any) -> None:
             if math.isnan(v) or (about["finite"] and math.isinf(v)):
                 raise ValueError(f"{f.name} must be a finite number, got {value!r}.")
             if not in_domain(v, about):
-                raise ValueError(f"{f.name} must {domain_of(about)}, got {value!r}.")
+                infinite = "" if about["finite"] else " (inf is allowed)"
+                raise ValueError(f"{f.name} must {domain_of(about)}{infinite}, got {value!r}.")
     if f.name == "ema_decay" and not value:
         raise ValueError("ema_decay is empty; give at least one number, for instance 0.9999.")
     if f.name == "resolution" and len(value) not in (1, 2):
