@@ -6,7 +6,6 @@ processes find the bits that one finds. `diffusers-hdit evaluate` and `--metrics
 
 import contextlib
 import json
-import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from tqdm.auto import tqdm
 from ..data import load_images
 from ..pipelines.pipeline_hdit import HDiTPipeline
 from ..utils.distributed import broadcast_from_main, distributed_map
-from ..utils.files import write_atomically
+from ..utils.files import default_cache_dir, write_atomically
 from . import metrics
 from .feature_extractors import FeatureExtractor, cache_path, load_extractor, read_cache, write_cache
 from .generate import generate_batch
@@ -60,10 +59,6 @@ def check_real_images(real) -> None:
 def real_images(real, indices: Iterable[int]) -> Tensor:
     """Return images of a dataset as uint8 `(B, C, H, W)`, cropped in the middle."""
     return torch.stack([real[i, (0.5, 0.5)]["image"] for i in indices])
-
-
-def default_cache_dir(cache_dir: str | None) -> Path:
-    return Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "diffusers_hdit").expanduser())
 
 
 def reference_features(extractor: FeatureExtractor, real, batch_size: int, cache_dir: Path) -> Tensor | None:
