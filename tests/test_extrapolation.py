@@ -180,6 +180,6 @@ def test_fine_tuning_takes_the_trainings_settings(tmp_path):
     (tmp_path / "training_args.json").write_text(
         json.dumps({"loss_weighting": "snr", "seed": 9, "max_grad_norm": 2.0})
     )
-    args = extrapolation.finetuning_args(tmp_path, 0.25, seed=1, learning_rate=1e-4)
-    assert (args.loss_weighting, args.max_grad_norm, args.seed, args.learning_rate) == ("snr", 2.0, 1, 1e-4)
-    assert args.sigma_data == 0.25
+    config = extrapolation.finetuning_config(tmp_path, 0.25, seed=1, learning_rate=1e-4)
+    assert (config.loss_weighting, config.max_grad_norm, config.seed, config.learning_rate) == ("snr", 2.0, 1, 1e-4)
+    assert config.sigma_data == 0.25

@@ -313,14 +313,6 @@ class InTrainingEvaluator:
         return [{**result, **generator.settings} for result in results]
 
 
-# The names that training imports until it uses the new ones.
-MetricsOnTheWay, metrics_on_the_way, from_main = (
-    InTrainingEvaluator,
-    InTrainingEvaluator.from_args,
-    broadcast_from_main,
-)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What `diffusers-hdit evaluate` does
 

@@ -26,7 +26,6 @@ RESIZE_FILTERS = {
     "bilinear-tf1": "bilinear as in TensorFlow 1, not antialiased",
 }
 HUB_WEIGHTS = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-patch14-336"}
-NETWORKS = FEATURE_NETWORKS  # until the training takes it from `evaluation`
 
 
 @dataclass

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .. import diffusion
 from ..data.dataset import Buckets, load_images, make_loader
-from ..evaluation.evaluator import MetricsOnTheWay, metrics_on_the_way
+from ..evaluation.evaluator import InTrainingEvaluator
 from ..models.networks import NETWORKS
 from ..pipelines.upscaling import conditioning_channels
 from ..utils.distributed import broadcast_from_main
@@ -75,7 +75,7 @@ class TrainingRun:
     checkpoint_due: bool = False
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     metrics: MetricsFile | None = None
-    evaluator: MetricsOnTheWay | None = None
+    evaluator: InTrainingEvaluator | None = None
     # For the model card: the mean loss of the last `loss_steps` steps, when this session of the training began, and the
     # sessions before it (None if a checkpoint does not tell).
     loss: float | None = None
@@ -271,7 +271,7 @@ def prepare_run(config: TrainingConfig, accelerator: Accelerator, dataset) -> Tr
         validation_conditions(dataset, config.num_validation_images, config),
         global_batch,
         total_steps,
-        evaluator=metrics_on_the_way(config, dataset),
+        evaluator=InTrainingEvaluator.from_args(config, dataset),
     )
 
 
