@@ -18,7 +18,7 @@ from running import EXAMPLES, SHEET, TRAIN, equal, launch, run, start, weights, 
 from torch import nn
 
 from diffusers_hdit import HDiTModel, HDiTPipeline
-from diffusers_hdit.data.dataset import load_images
+from diffusers_hdit.data import load_images
 from diffusers_hdit.evaluation import evaluate, evaluator, image_grid, metrics
 
 

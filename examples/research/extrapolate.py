@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from study_report import check_matplotlib
 
 from diffusers_hdit import HDiTModel, HDiTPipeline
-from diffusers_hdit.data.dataset import load_images
+from diffusers_hdit.data import load_images
 from diffusers_hdit.evaluation import evaluator, metrics
 from diffusers_hdit.evaluation.image_grid import to_pil
 from diffusers_hdit.utils.files import atomic_path, write_atomically

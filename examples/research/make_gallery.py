@@ -27,7 +27,7 @@ from diffusers_hdit import (
     probability_flow,
     upscaling,
 )
-from diffusers_hdit.data.dataset import load_images
+from diffusers_hdit.data import load_images
 from diffusers_hdit.evaluation.image_grid import image_grid
 from diffusers_hdit.training.trainer import BUNDLED_DATASETS
 

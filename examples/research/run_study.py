@@ -22,7 +22,7 @@ import torch
 from study import Study, load_features, read_study
 from study_runs import Run, reference_features, train_and_evaluate
 
-from diffusers_hdit.data.dataset import load_images
+from diffusers_hdit.data import load_images
 from diffusers_hdit.utils.files import write_atomically
 
 

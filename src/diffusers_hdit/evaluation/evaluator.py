@@ -19,7 +19,7 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.dataset import load_images
+from ..data import load_images
 from ..pipelines.pipeline_hdit import HDiTPipeline
 from ..utils.distributed import broadcast_from_main, distributed_map
 from ..utils.files import write_atomically

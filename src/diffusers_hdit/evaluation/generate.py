@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.dataset import load_images
+from ..data import load_images
 from ..pipelines.pipeline_hdit import HDiTPipeline
 from ..utils.files import atomic_path, write_atomically
 from .image_grid import image_grid
