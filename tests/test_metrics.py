@@ -155,7 +155,7 @@ def test_bias_of_cmmd_is_that_of_the_pairs_of_an_image_with_itself():
     assert metrics.cmmd_and_bias(x, x)[1] == pytest.approx(10 * (1 - cosine) * 2 / 17, rel=0.02)
     many = [metrics.cmmd_and_bias(embeddings(20, 2 * i), embeddings(30, 2 * i + 1)) for i in range(200)]
     assert np.mean([value for value, _ in many]) == pytest.approx(np.mean([bias for _, bias in many]), rel=0.05)
-    result = metrics.cmmd_with_bias(x, y, None)
+    result = metrics.compute("cmmd", x, y, None)
     assert result == {"value": value, "bias": f"too large by {bias:.3g} with these numbers of images"}
 
 

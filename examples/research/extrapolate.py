@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     check_matplotlib()
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    results, pictures = [], {}
+    results, strips = [], {}
     for resolution in args.resolutions:
         real = open_images(args.real_dir, "real", 1, resolution, args)
         features = evaluator.reference_features(extractor, real, args.batch_size, output_dir / "cache")
@@ -53,14 +53,14 @@ def main(argv: list[str] | None = None) -> None:
             others = evaluator.reference_features(extractor, others, args.batch_size, output_dir / "cache")
         else:
             features, others = features[::2], features[1::2]
-        pictures["real", resolution] = evaluator.real_images(real, range(min(SHOWN, len(real))))
+        strips["real", resolution] = evaluator.real_images(real, range(min(SHOWN, len(real))))
         for name, pipeline in pipelines.items():
             for result, images in measure(name, pipeline, resolution, features, others, extractor, args):
                 results.append(result)
-                pictures[label(result), resolution] = images
+                strips[label(result), resolution] = images
                 print(line_of(result), flush=True)
-        write(results, pictures, args)
-    print(f"Wrote results.json, results.md, distances.png and pictures-*.png to {args.output_dir}")
+        write(results, strips, args)
+    print(f"Wrote results.json, results.md, distances.png and images-*.png to {args.output_dir}")
 
 
 def measure(
@@ -260,15 +260,15 @@ def line_of(result: dict) -> str:
     )
 
 
-def write(results: list[dict], pictures: dict, args: argparse.Namespace) -> None:
+def write(results: list[dict], strips: dict, args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     write_atomically(output_dir / "results.json", json.dumps(results, indent=1))
     write_atomically(output_dir / "results.md", table(results, args))
     save_plot(results, output_dir / "distances.png")
     done = sorted({result["resolution"] for result in results})
     for resolution in done:
-        rows = {name: images for (name, size), images in pictures.items() if size == resolution}
-        save_strip(rows, output_dir / f"pictures-{resolution}.png", resolution)
+        rows = {name: images for (name, size), images in strips.items() if size == resolution}
+        save_strip(rows, output_dir / f"images-{resolution}.png", resolution)
 
 
 def table(results: list[dict], args: argparse.Namespace) -> str:

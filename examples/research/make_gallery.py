@@ -82,9 +82,9 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()) for image in images.clamp(0, 1)]
 
 
-def save(picture: Image.Image, path: Path) -> None:
+def save(grid: Image.Image, path: Path) -> None:
     # 256 colours are enough for what is looked at here, and a third of the bytes.
-    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    grid.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
@@ -185,14 +185,14 @@ def interpolation_grid(pipe: HDiTPipeline) -> Image.Image:
 
 def sizes_grid(pipe: HDiTPipeline) -> Image.Image:
     height, width = pipe.transformer.sample_size
-    pictures = []
+    rows = []
     for factors in ((1, 1), (1, 1.5), (1.5, 1), (1.5, 1.5), (1, 2)):
         size = {"height": int(height * factors[0]), "width": int(width * factors[1])}
-        pictures.append(pipe(labels(pipe, 4), **size, guidance_scale=2.0, generator=generators(4)).images)
-    columns = [max(row[0].width for row in pictures) * 2 + 4] * 4
-    sheet = Image.new("RGB", (sum(columns) + 4, sum(2 * row[0].height + 4 for row in pictures) + 4), "white")
+        rows.append(pipe(labels(pipe, 4), **size, guidance_scale=2.0, generator=generators(4)).images)
+    columns = [max(row[0].width for row in rows) * 2 + 4] * 4
+    sheet = Image.new("RGB", (sum(columns) + 4, sum(2 * row[0].height + 4 for row in rows) + 4), "white")
     top = 4
-    for row in pictures:
+    for row in rows:
         for i, image in enumerate(row):
             enlarged = image.resize((2 * image.width, 2 * image.height), Image.Resampling.BICUBIC)
             sheet.paste(enlarged, (4 + i * columns[0], top))

@@ -180,16 +180,9 @@ class ImageGenerator:
         height, width = self.size or (None, None)
         with self.autocast():
             images = generate_batch(
-                self.pipeline,
-                indices,
-                self.seed,
-                self.conditions,
-                height=height,
-                width=width,
-                num_inference_steps=self.num_inference_steps,
-                guidance_scale=self.guidance_scale,
-                output_type="pt",
-            )
+                self.pipeline, indices, self.seed, self.conditions, height=height, width=width, output_type="pt",
+                num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale,
+            )  # fmt: skip
         return (images.float() * 255).round().to(torch.uint8)
 
     @property
@@ -292,14 +285,9 @@ class InTrainingEvaluator:
         conditions = conditions_for(
             pipeline.transformer.config, real, args.metrics_images, real.id2label or {}, real.condition_columns
         )
+        images, steps = args.metrics_images, args.metrics_steps
         generator = ImageGenerator(
-            pipeline,
-            conditions,
-            args.metrics_images,
-            args.train_batch_size,
-            args.metrics_steps,
-            seed=args.seed,
-            autocast=autocast,
+            pipeline, conditions, images, args.train_batch_size, steps, seed=args.seed, autocast=autocast
         )
         if not broadcast_from_main(lambda: self.real_features is not None):
             cache = default_cache_dir(args.cache_dir) / "features"
@@ -374,19 +362,16 @@ def evaluate_pipeline(args: Namespace) -> None:
         neighbors_grid([f"image {i}" for i in rows], generated, nearest, distances[rows]).save(args.neighbors_picture)
 
 
+# Flags that are arguments of `load_images`.
+LOADING = ("train_data_dir", "dataset_name", "dataset_config_name", "split", "image_column", "label_column",
+           "class_folder_depth", "condition_columns", "cache_dir", "max_unreadable")  # fmt: skip
+
+
 def open_real_images(args: Namespace, pipeline: HDiTPipeline):
     """Open the real images at the model's size and channels, their conditions normalised as the model's are."""
-    columns = args.condition_columns
     real = load_images(
-        train_data_dir=args.train_data_dir,
-        dataset_name=args.dataset_name,
-        dataset_config_name=args.dataset_config_name,
-        split=args.split,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        condition_columns=columns,
-        condition_statistics=pipeline.config.condition_columns if columns else None,
-        cache_dir=args.cache_dir,
+        **{name: getattr(args, name) for name in LOADING},
+        condition_statistics=pipeline.config.condition_columns if args.condition_columns else None,
         resolution=pipeline.transformer.sample_size,
         in_channels=pipeline.transformer.config.in_channels,
         center_crop=True,

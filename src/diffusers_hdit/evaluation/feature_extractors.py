@@ -352,8 +352,7 @@ def cache_path(extractor: FeatureExtractor, real, cache_dir: Path) -> Path:
     Return the file for the features of a dataset. Its name is a hash of what they depend on: which images these are
     (without reading one), how they are transformed, the network and its resizing.
     """
-    images = getattr(real, "fingerprint", None) or real.identity
-    key = [extractor.fingerprint, images, real.resolution, real.in_channels, __version__]
+    key = [extractor.fingerprint, real.fingerprint, real.resolution, real.in_channels, __version__]
     return Path(cache_dir) / f"features-{hashlib.sha256(repr(key).encode()).hexdigest()[:40]}.safetensors"
 
 
