@@ -185,7 +185,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
 
 def reference_features(extractor, images, cache_dir: Path) -> Tensor:
-    return evaluator.reference_features(extractor, images, BATCH, Path(cache_dir) / "features")
+    return evaluator.reference_features(extractor, images, BATCH, cache_dir)
 
 
 def noise_levels(count: int, image_size: int, sigma_data: float = SIGMA_DATA) -> Tensor:

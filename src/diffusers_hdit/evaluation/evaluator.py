@@ -6,7 +6,6 @@ processes find the bits that one finds. `diffusers-hdit evaluate` and `--metrics
 
 import contextlib
 import json
-import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -62,13 +61,14 @@ def real_images(real, indices: Iterable[int]) -> Tensor:
     return torch.stack([real[i, (0.5, 0.5)]["image"] for i in indices])
 
 
-def default_cache_dir(cache_dir: str | None) -> Path:
-    return Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "diffusers_hdit").expanduser())
-
-
-def reference_features(extractor: FeatureExtractor, real, batch_size: int, cache_dir: Path) -> Tensor | None:
+def reference_features(
+    extractor: FeatureExtractor, real, batch_size: int, cache_dir: str | Path | None = None
+) -> Tensor | None:
     """
     Compute the features of the real images on all processes, or take them from the cache.
+
+    Args:
+        cache_dir: where they are kept, in the folder `features`; default: this package's cache folder.
 
     Returns:
         Features `(N, D)` on the main process, None elsewhere.
@@ -290,8 +290,7 @@ class InTrainingEvaluator:
             pipeline, conditions, images, args.train_batch_size, steps, seed=args.seed, autocast=autocast
         )
         if not broadcast_from_main(lambda: self.real_features is not None):
-            cache = default_cache_dir(args.cache_dir) / "features"
-            self.real_features = reference_features(self.extractor, real, args.train_batch_size, cache)
+            self.real_features = reference_features(self.extractor, real, args.train_batch_size, args.cache_dir)
         features, _ = generated_features(generator, self.extractor)
         self.extractor.network.to("cpu")  # its memory is the training's
         self.last_step = step
@@ -337,8 +336,7 @@ def evaluate_pipeline(args: Namespace) -> None:
     )
     real_features = None
     if statistics is None:
-        cache = default_cache_dir(args.cache_dir) / "features"
-        real_features = reference_features(extractor, real, args.batch_size, cache)
+        real_features = reference_features(extractor, real, args.batch_size, args.cache_dir)
     total = -(-args.num_images // args.batch_size)
     progress = lambda batches: tqdm(batches, total=total, desc="Batches", disable=not state.is_main_process)  # noqa: E731
     features, images = generated_features(generator, extractor, bool(args.save_npz), progress)
