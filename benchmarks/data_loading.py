@@ -34,7 +34,7 @@ from diffusers_hdit.data import load_images, make_loader
 
 FACES = Path(__file__).parents[1] / "src" / "diffusers_hdit" / "data" / "fluent_faces_64.png"
 # (width, height), bytes, share of --images: as in ImageNet, and from a camera.
-KINDS = {"500x375": ((500, 375), 110_000, 1), "2000x1500": ((2000, 1500), 1_200_000, 0.2)}
+IMAGE_SIZES = {"500x375": ((500, 375), 110_000, 1), "2000x1500": ((2000, 1500), 1_200_000, 0.2)}
 
 
 def photographs(files: list[Path]) -> list[Image.Image]:
@@ -64,9 +64,9 @@ def encode(photograph: Image.Image, size: tuple[int, int], wanted: int, seed: in
     return best
 
 
-def write_images(folder: Path, sources: list[Image.Image], kind: str, count: int) -> float:
+def write_images(folder: Path, sources: list[Image.Image], size_name: str, count: int) -> float:
     """Mean bytes."""
-    size, wanted, _ = KINDS[kind]
+    size, wanted, _ = IMAGE_SIZES[size_name]
     folder.mkdir()
     different = min(count, 24)
     encoded = [encode(sources[i * len(sources) // different], size, wanted, i) for i in range(different)]
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=320, help="a round, and in the folder")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--image_sizes", nargs="+", choices=list(IMAGE_SIZES), default=list(IMAGE_SIZES))
     parser.add_argument("--gmac", type=float, default=197.6, help="of a forward pass (imagenet-256)")
     parser.add_argument("--tflops", type=float, default=989, help="of the GPU at its peak (H200, bfloat16)")
     parser.add_argument("--efficiency", type=float, default=0.45, help="share of the peak that training reaches")
@@ -153,12 +153,12 @@ def main() -> None:
     sources = photographs(args.photographs)
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["XDG_CACHE_HOME"] = str(Path(scratch) / "cache")
-        for kind in args.kinds:
-            images = max(args.batch_size, int(args.images * KINDS[kind][2]))
-            size = write_images(Path(scratch) / kind, sources, kind, images)
-            print(f"\n{kind}, {size / 1000:.0f} kB -> 256x256; images/s, median (least to most)")
+        for size_name in args.image_sizes:
+            images = max(args.batch_size, int(args.images * IMAGE_SIZES[size_name][2]))
+            size = write_images(Path(scratch) / size_name, sources, size_name, images)
+            print(f"\n{size_name}, {size / 1000:.0f} kB -> 256x256; images/s, median (least to most)")
             for num_workers in args.workers:
-                rates = measure(Path(scratch) / kind, num_workers, images, args)
+                rates = measure(Path(scratch) / size_name, num_workers, images, args)
                 cells = [f"{k} {statistics.median(v):6.0f} ({min(v):.0f} to {max(v):.0f})" for k, v in rates.items()]
                 middle = {name: statistics.median(values) for name, values in rates.items()}
                 where = f"{num_workers} workers" if num_workers else "in this process"

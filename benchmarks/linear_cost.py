@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=64, help="side of the smallest grid")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--kinds", nargs="+", default=["neighborhood", "global"], help="attention types")
+    parser.add_argument("--attention_types", nargs="+", default=["neighborhood", "global"])
     args = parser.parse_args()
     device, side = torch.device(args.device), args.tokens
     bench = Bench(device, least=args.rounds, most=args.rounds)
@@ -54,13 +54,13 @@ def main() -> None:
     conditioning = torch.randn(1, 256, device=device)
     grids = [(side, side), (side, 2 * side), (2 * side, 2 * side)]
     print(f"{'':<34}{'':>12}{'median ms (spread of the middle half)':>38}{'of the smallest':>18}")
-    for kind in args.kinds:
-        level = Level(args.width, args.depth, 3 * args.width, kind, 64, 7, 8, 0.0)
+    for attention_type in args.attention_types:
+        level = Level(args.width, args.depth, 3 * args.width, attention_type, 64, 7, 8, 0.0)
         for train in (False, True):
             calls = {grid: call_of(level, grid, conditioning, device, train) for grid in grids}
             samples = bench.turns(calls)
             for grid, times in samples.items():
-                what = f"{kind}, {'forward + backward' if train else 'forward'}"
+                what = f"{attention_type}, {'forward + backward' if train else 'forward'}"
                 ratio = times.over(samples[grids[0]]).median
                 print(f"{what:<34}{f'{grid[0]}×{grid[1]}':>12}{str(times):>38}{ratio:>17.2f}x")
 

@@ -336,11 +336,15 @@ def compare(bench: Bench, table: Table, label: str, models: dict[str, nn.Module]
     `last` holds the seconds of the size before, half as long a side, and is brought up to date.
     """
     results: dict[str, dict[bool, object]] = {name: {} for name in models}
-    kinds = {HDiTModel: (hdit_of_image, 4), DiTTransformer2DModel: (dit_of_image, 16), UNet2DModel: (unet_of_image, 4)}
+    wrappers = {
+        HDiTModel: (hdit_of_image, 4),
+        DiTTransformer2DModel: (dit_of_image, 16),
+        UNet2DModel: (unet_of_image, 4),
+    }
     for train in (False, True):
         calls = {}
         for name, model in models.items():
-            wrap, growth = kinds[type(model)]
+            wrap, growth = wrappers[type(model)]
             predicted = last.get((type(model), train), 0.0) * growth
             if predicted > 3 * bench.limit:
                 results[name][train] = "not run" if predicted == math.inf else f"not run: up to {predicted:.0f} s"

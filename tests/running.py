@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 EXAMPLES = REPOSITORY / "examples"
 RESEARCH = EXAMPLES / "research"
-sys.path.insert(0, str(RESEARCH))  # its scripts share modules that lie beside them
 SHEET = REPOSITORY / "src" / "diffusers_hdit" / "data" / "fluent_faces_64.png"
 TRAIN = EXAMPLES / "train_hdit.py"
 CONFIG = {

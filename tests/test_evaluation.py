@@ -168,7 +168,7 @@ def test_what_can_not_be_compared(measured_folder, faces):
     with pytest.raises(ValueError, match="buckets"):
         evaluator.check_real_images(changed(plain, sizes=[(16, 16), (8, 32)]))
     with pytest.raises(ValueError, match="at least 4"):
-        evaluator.check_real_images(changed(plain, kept=plain.kept[:2]))
+        evaluator.check_real_images(changed(plain, readable=plain.readable[:2]))
 
 
 def changed(real, **changes):

@@ -139,7 +139,7 @@ def test_extrapolation_from_end_to_end(feature_folder):
     wanted |= {(24, kind, way, n) for kind in ("rope", "additive") for way in ("fill", "spacing") for n in (0, 2)}
     assert set(found) == wanted
     assert len({str(found[key]) for key in found}) == len(found) - 2  # at 16 pixels the treatments are one
-    for name in ("distances.png", "pictures-16.png", "pictures-24.png"):
+    for name in ("distances.png", "images-16.png", "images-24.png"):
         assert (feature_folder / "out" / name).read_bytes().startswith(b"\x89PNG")
     assert "rope, trained spacing, 2 steps more" in (feature_folder / "out" / "results.md").read_text()
     tuned = HDiTPipeline.from_pretrained(feature_folder / "out" / "finetuned" / "rope-spacing-24").transformer
@@ -180,6 +180,6 @@ def test_fine_tuning_takes_the_trainings_settings(tmp_path):
     (tmp_path / "training_args.json").write_text(
         json.dumps({"loss_weighting": "snr", "seed": 9, "max_grad_norm": 2.0})
     )
-    args = extrapolation.finetuning_args(tmp_path, 0.25, seed=1, learning_rate=1e-4)
-    assert (args.loss_weighting, args.max_grad_norm, args.seed, args.learning_rate) == ("snr", 2.0, 1, 1e-4)
-    assert args.sigma_data == 0.25
+    config = extrapolation.finetuning_config(tmp_path, 0.25, seed=1, learning_rate=1e-4)
+    assert (config.loss_weighting, config.max_grad_norm, config.seed, config.learning_rate) == ("snr", 2.0, 1, 1e-4)
+    assert config.sigma_data == 0.25

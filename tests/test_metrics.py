@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from diffusers import EDMDPMSolverMultistepScheduler
+from PIL import Image
 from running import Images
 from torch import nn
 
@@ -155,7 +157,7 @@ def test_bias_of_cmmd_is_that_of_the_pairs_of_an_image_with_itself():
     assert metrics.cmmd_and_bias(x, x)[1] == pytest.approx(10 * (1 - cosine) * 2 / 17, rel=0.02)
     many = [metrics.cmmd_and_bias(embeddings(20, 2 * i), embeddings(30, 2 * i + 1)) for i in range(200)]
     assert np.mean([value for value, _ in many]) == pytest.approx(np.mean([bias for _, bias in many]), rel=0.05)
-    result = metrics.cmmd_with_bias(x, y, None)
+    result = metrics.compute("cmmd", x, y, None)
     assert result == {"value": value, "bias": f"too large by {bias:.3g} with these numbers of images"}
 
 
@@ -291,11 +293,42 @@ def test_features_of_real_images_are_kept(tmp_path):
     assert not torch.equal(features_of(changed, extractor), first)
     torch.testing.assert_close(features_of(images, metrics.FeatureExtractor(Pixels(2.0), "pixels")), 2 * first)
     features_of(images, metrics.FeatureExtractor(Pixels(), "pixels", 16))
-    files = sorted(tmp_path.iterdir())
+    files = sorted((tmp_path / "features").iterdir())
     assert len(files) == 4
     for file in files:
         file.write_bytes(b"broken")
     assert torch.equal(features_of(images, extractor), first)
+
+
+def test_cached_features_are_found_without_reading_an_image(tmp_path, monkeypatch):
+    """And not for a file that was written again, with as many bytes."""
+    from diffusers_hdit.data import ImageDataset, load_images
+
+    def write(number):
+        pixels = np.full((8, 8, 3), 20 * number, dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number % 5}.bmp")
+
+    def features_of_folder(resolution=8):
+        images = load_images(train_data_dir=tmp_path / "images", resolution=resolution, cache_dir=tmp_path / "cache")
+        return evaluator.reference_features(
+            metrics.FeatureExtractor(Pixels(), "pixels"), images, 4, tmp_path / "cache"
+        )
+
+    (tmp_path / "images").mkdir()
+    for number in range(5):
+        write(number)
+    first = features_of_folder()
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageDataset, "__getitem__", lambda *_: pytest.fail("an image was read"))
+        assert torch.equal(features_of_folder(), first)
+        with pytest.raises(pytest.fail.Exception):
+            features_of_folder(resolution=4)
+    before = (tmp_path / "images" / "2.bmp").stat()
+    write(7)
+    os.utime(tmp_path / "images" / "2.bmp", ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
+    assert (tmp_path / "images" / "2.bmp").stat().st_size == before.st_size
+    changed = features_of_folder()
+    assert [torch.equal(a, b) for a, b in zip(first, changed, strict=True)] == [True, True, False, True, True]
 
 
 def test_adm_files(tmp_path):

@@ -68,3 +68,21 @@ def test_command_line():
     assert done.returncode == 2 and done.stderr == "error: unknown flag --resolutoin; did you mean --resolution?\n"
     done = run("--preset", "tiny", "--resolution", "30")
     assert done.returncode == 1 and "must be a multiple of" in done.stderr
+
+
+MISTAKE = """
+import sys
+from diffusers_hdit.cli import main
+try:
+    main([sys.argv[1], "--pipelin", "x"])
+except SystemExit as stop:
+    assert stop.code == 2
+assert not {"torch", "diffusers", "accelerate"} & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "profile"])
+def test_wrong_flags_are_refused_before_pytorch_is_imported(command):
+    done = subprocess.run([sys.executable, "-c", MISTAKE, command], capture_output=True, text=True)
+    meant = "--help lists all flags." if command == "profile" else "did you mean --pipeline?"
+    assert done.returncode == 0 and done.stderr.startswith("error: unknown flag --pipelin") and meant in done.stderr

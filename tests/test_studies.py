@@ -51,7 +51,7 @@ def texts(folder):
 
 
 @pytest.mark.slow
-def test_a_study_killed_and_continued_gives_the_same_tables(feature_folder):
+def test_a_study_killed_and_resumed_gives_the_same_tables(feature_folder):
     path = write_study(feature_folder)
     # A second study with the default row under another name, and its defaults spelled out.
     other = write_study(feature_folder, "parts", {"lerp again": {"model": {"norm": "ada_rms_norm"}}})
@@ -94,7 +94,7 @@ def test_a_study_killed_and_continued_gives_the_same_tables(feature_folder):
     assert again["held-out loss mean"] == rows[0]["held-out loss mean"]
 
 
-def test_a_failed_run_is_told_and_the_others_are_in_the_table(feature_folder):
+def test_a_failed_run_is_named_and_the_others_are_in_the_table(feature_folder):
     path = write_study(feature_folder, seeds=[0])
     blocked = studies.read_study(path).rows[1]
     (feature_folder / "out" / "runs").mkdir(parents=True)
@@ -188,9 +188,9 @@ def test_budgets_of_flops_and_what_they_count():
     )
     assert other.steps > 3 * one.steps and one.flops <= 1e10 and other.flops <= 1e10
     assert abs(one.flops / other.flops - 1) < 0.1
-    args = studies.parsed({"model": {**MODEL, "attention_types": "global"}})
-    network = HDiTModel(**args.model)
-    parameters, _ = studies.cost(args)
+    config = studies.training_config({"model": {**MODEL, "attention_types": "global"}})
+    network = HDiTModel(**config.model)
+    parameters, _ = studies.cost(config)
     assert parameters == sum(p.numel() for p in network.parameters())
 
 
@@ -267,7 +267,7 @@ def test_views_of_panoramas(tmp_path):
 
 
 def test_the_command_ends_when_it_is_done(feature_folder):
-    """A dry run says what would be done, and writes nothing."""
+    """A dry run prints what would be done, and writes nothing."""
     output = finish(start(RUN_STUDY, write_study(feature_folder), "--output_dir", feature_folder / "out", "--dry_run"))
     assert "lerp" in output and "4 runs, 0 of them done" in output and not (feature_folder / "out").exists()
 
@@ -318,9 +318,9 @@ def test_signs_and_missing_runs_are_said(tmp_path):
 
 def test_an_interrupted_training_is_not_taken_for_a_whole_one(tmp_path):
     row = studies.read_study(write_study(tmp_path)).rows[0]
-    one = study_runs.Run(row, 0, tmp_path, BASE["evaluation"], tmp_path, tmp_path, tmp_path, tmp_path, 1)
+    one = study_runs.Run(row, 0, tmp_path, BASE["evaluation"], tmp_path, tmp_path, tmp_path, 1)
     (one.pipeline_dir / "checkpoint-4").mkdir(parents=True)
-    with pytest.raises(RuntimeError, match="before its last step, 8; the same command goes on"):
+    with pytest.raises(RuntimeError, match="before its last step, 8. To resume it, run the same command again"):
         study_runs.check_finished(one)
     (one.pipeline_dir / "checkpoint-8").mkdir()
     study_runs.check_finished(one)

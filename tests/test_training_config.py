@@ -172,8 +172,8 @@ def test_names_of_registries_are_those_of_the_registries():
     assert tuple(NETWORKS) == config.MODEL_TYPES and config.SHARED_MODEL_ARGUMENTS == SHARED_ARGUMENTS
     assert tuple(diffusion.DENSITIES) == config.NOISE_DENSITIES
     assert tuple(diffusion.WEIGHTINGS) == config.LOSS_WEIGHTINGS
-    assert set(metrics.METRICS) == set(config.METRICS)
-    assert set(feature_extractors.NETWORKS) == set(config.FEATURE_NETWORKS)
+    assert {*metrics.OF_NETWORK, *metrics.OF_STATISTICS} < set(config.METRICS)
+    assert set(feature_extractors.HUB_WEIGHTS) < set(config.FEATURE_NETWORKS)
     assert {s.value for s in SchedulerType} - {"piecewise_constant"} == set(config.LR_SCHEDULERS)
 
 

@@ -1,19 +1,18 @@
-"""Draws images at sizes that a model was never trained at, and measures how far they are from real ones of each size.
+"""Generate images at sizes that a model was never trained at, and compare them with real ones of each size.
 
     python examples/research/extrapolate.py rope_model additive_model --resolutions 32,48,64,96,128 --output_dir extrapolation
 
-Each pipeline draws with both treatments of its positions: "fill" (every image's fill [-1, 1]) and "spacing" (they keep the
-spacing of the trained size). With --finetune_steps each of them is trained at each new size for so many steps, too.
-Writes results.json and results.md, a plot and strips of pictures.
+Each pipeline is sampled with both treatments of its positions: "fill" (those of every image fill [-1, 1]) and "spacing"
+(they keep the spacing of the trained size). With --finetune_steps, each is also fine-tuned at each new size.
+The script writes results.json and results.md, a plot and strips of images.
 
-Real images are views of the panoramas that come with the project, cut out at each size, or those of --real_dir, resized.
-Distances are comparable at one size only: small images come to the feature network blurred, real ones as well.
+Real images are views of the panoramas that come with the project, rendered at each size, or those of --real_dir, resized.
+Distances are comparable at one size only: small images are enlarged for the feature network, real ones as well.
 """
 
 import argparse
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,21 +20,21 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from extrapolation import at_size, finetune, finetuning_args, set_treatment, treatments_of
+from extrapolation import at_size, finetune, finetuning_config, set_treatment, treatments_of
 from PIL import Image, ImageDraw
 from study_report import check_matplotlib
 
 from diffusers_hdit import HDiTModel, HDiTPipeline
 from diffusers_hdit.data import load_images
-from diffusers_hdit.evaluation import evaluator as evaluation
-from diffusers_hdit.evaluation import metrics
-from diffusers_hdit.utils.files import write_atomically
+from diffusers_hdit.evaluation import evaluator, metrics
+from diffusers_hdit.evaluation.image_grid import to_pil
+from diffusers_hdit.utils.files import atomic_path, write_atomically
 
 
 RESEARCH = Path(__file__).resolve().parent
 DISTANCES = ("kernel_distance", "frechet_distance")
-SHOWN = 8  # pictures in a strip
-CELL = 128  # pixels that a picture is shown with, whatever its size
+SHOWN = 8  # images in a strip
+CELL = 128  # pixels that an image is shown with, whatever its size
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,31 +44,34 @@ def main(argv: list[str] | None = None) -> None:
     check_matplotlib()
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    results, pictures = [], {}
+    results, strips = [], {}
     for resolution in args.resolutions:
         real = open_images(args.real_dir, "real", 1, resolution, args)
-        features = evaluation.reference_features(extractor, real, args.batch_size, output_dir / "cache")
+        features = evaluator.reference_features(extractor, real, args.batch_size, output_dir / "cache")
         if args.real_dir is None:
             others = open_images(None, "others", 2, resolution, args)
-            others = evaluation.reference_features(extractor, others, args.batch_size, output_dir / "cache")
+            others = evaluator.reference_features(extractor, others, args.batch_size, output_dir / "cache")
         else:
             features, others = features[::2], features[1::2]
-        pictures["real", resolution] = evaluation.real_images(real, range(min(SHOWN, len(real))))
+        strips["real", resolution] = evaluator.real_images(real, range(min(SHOWN, len(real))))
         for name, pipeline in pipelines.items():
             for result, images in measure(name, pipeline, resolution, features, others, extractor, args):
                 results.append(result)
-                pictures[label(result), resolution] = images
+                strips[label(result), resolution] = images
                 print(line_of(result), flush=True)
-        write(results, pictures, args)
-    print(f"Wrote results.json, results.md, distances.png and pictures-*.png to {args.output_dir}")
+        write(results, strips, args)
+    print(f"Wrote results.json, results.md, distances.png and images-*.png to {args.output_dir}")
 
 
 def measure(
     name: str, pipeline: HDiTPipeline, resolution: int, real: torch.Tensor, others: torch.Tensor, extractor, args
 ) -> Iterator[tuple]:
     """
-    Results and the first pictures of all treatments at a size; at the trained one they are the same, and there is
-    nothing to fine-tune. `others` are features of more real images: what real ones are apart.
+    Yield the results and the first images of all treatments at a size. At the trained size all treatments are the same,
+    and there is nothing to fine-tune.
+
+    Args:
+        others: features of more real images, for the distance between real ones.
     """
     floor = metrics.frechet_distance(*metrics.mean_and_covariance(others), *metrics.mean_and_covariance(real))
     trained_at = max(pipeline.transformer.sample_size)
@@ -81,7 +83,7 @@ def measure(
         set_treatment(pipeline.transformer, treatment)
         for steps in (0, args.finetune_steps) if new and args.finetune_steps else (0,):
             model = finetuned(name, pipeline, resolution, treatment, args) if steps else pipeline
-            drawing = evaluation.Drawing(
+            generator = evaluator.ImageGenerator(
                 model,
                 {},
                 args.num_images,
@@ -90,8 +92,8 @@ def measure(
                 seed=args.seed,
                 size=(resolution, resolution),
             )
-            drawn, images = evaluation.features_of(drawing, extractor, keep_images=True)
-            distances = metrics.evaluate(drawn, real, DISTANCES, extractor)
+            features, images = evaluator.generated_features(generator, extractor, keep_images=True)
+            distances = metrics.evaluate(features, real, DISTANCES, extractor)
             distances[1] |= {"floor": floor, "floor_images": len(others)}
             for same in (treatment,) if new else treatments:
                 result = {**about, "treatment": same, "finetune_steps": steps, "metrics": distances}
@@ -110,7 +112,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--output_dir", default="extrapolation")
     add("--resolutions", default="32,48,64,96,128", help="pixels, with commas")
     add("--real_dir", help="folder of real images, resized to each size; default: held-out views of the panoramas")
-    add("--num_images", type=int, default=256, help="drawn at each size, and real views at each size")
+    add("--num_images", type=int, default=256, help="generated at each size, and real views at each size")
     add("--num_inference_steps", type=int, default=32)
     add("--finetune_steps", type=int, default=0, help="also train at each new size for so many steps")
     add("--train_data_dir", help="folder of images to fine-tune with; default: views of the panoramas at each size")
@@ -146,7 +148,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def named(paths: list[str]) -> dict[str, str]:
     """
-    {name: path}: of NAME=PATH, or by the names of their folders.
+    Return {name: path} of arguments NAME=PATH, or PATH, which is named after its folder.
 
     Raises:
         ValueError: for two of one name.
@@ -159,6 +161,8 @@ def named(paths: list[str]) -> dict[str, str]:
 
 def load_pipelines(args: argparse.Namespace) -> dict[str, HDiTPipeline]:
     """
+    Load the pipelines by name.
+
     Raises:
         ValueError: for a size that does not fit a model, and a model with conditions.
     """
@@ -178,7 +182,7 @@ def load_pipelines(args: argparse.Namespace) -> dict[str, HDiTPipeline]:
         if len(set(pipeline.transformer.sample_size)) > 1:
             raise ValueError(f"{path} was trained on images that are not square; --resolutions are of squares.")
         if config.num_classes or config.mapping_cond_dim or config.conditioning_channels:
-            raise ValueError(f"{path} has classes or other conditions; this draws from models without.")
+            raise ValueError(f"{path} has classes or other conditions; this script samples models without.")
         for resolution in args.resolutions:
             pipeline.transformer.check_size(resolution, resolution)
         pipelines[name] = pipeline
@@ -186,7 +190,7 @@ def load_pipelines(args: argparse.Namespace) -> dict[str, HDiTPipeline]:
 
 
 def open_images(folder: str | None, name: str, seed: int, resolution: int, args: argparse.Namespace):
-    """The images of a folder, or views of the panoramas, at a size."""
+    """Open the images of a folder, or views of the panoramas, at a size."""
     cache = Path(args.output_dir) / "cache"
     if folder is None:
         folder = Path(args.output_dir) / "views" / f"{name}-{resolution}"
@@ -198,7 +202,7 @@ def open_images(folder: str | None, name: str, seed: int, resolution: int, args:
 
 
 def finetuned(name: str, pipeline: HDiTPipeline, resolution: int, treatment: str, args) -> HDiTPipeline:
-    """Trained on at a size; kept in finetuned/, and taken from there if it was trained alike."""
+    """Fine-tune a pipeline at a size, or load it from finetuned/ if that was done with the same settings."""
     folder = Path(args.output_dir) / "finetuned" / f"{name}-{treatment}-{resolution}".replace("/", "_")
     source = named(args.pipeline)[name]
     given = {name: getattr(args, name) for name in ("train_batch_size", "learning_rate", "seed")}
@@ -215,13 +219,13 @@ def finetuned(name: str, pipeline: HDiTPipeline, resolution: int, treatment: str
         found = HDiTPipeline.from_pretrained(folder)
     else:
         dataset = open_images(args.train_data_dir, "train", 0, resolution, args)
-        settings = finetuning_args(source, pipeline.scheduler.config.sigma_data, **given)
+        config = finetuning_config(source, pipeline.scheduler.config.sigma_data, **given)
         network = at_size(pipeline.transformer, resolution, treatment)
-        found = HDiTPipeline(finetune(network, dataset, args.finetune_steps, settings), pipeline.scheduler)
-        partial = folder.with_name(f".partial-{folder.name}")
-        found.save_pretrained(partial)
-        write_atomically(partial / noted.name, json.dumps(about))
-        os.replace(partial, folder)
+        found = HDiTPipeline(finetune(network, dataset, args.finetune_steps, config), pipeline.scheduler)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder) as partial:
+            found.save_pretrained(partial)
+            (partial / noted.name).write_text(json.dumps(about), encoding="utf-8")
     found.to(pipeline.device)
     return found
 
@@ -256,15 +260,15 @@ def line_of(result: dict) -> str:
     )
 
 
-def write(results: list[dict], pictures: dict, args: argparse.Namespace) -> None:
+def write(results: list[dict], strips: dict, args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     write_atomically(output_dir / "results.json", json.dumps(results, indent=1))
     write_atomically(output_dir / "results.md", table(results, args))
-    draw_plot(results, output_dir / "distances.png")
+    save_plot(results, output_dir / "distances.png")
     done = sorted({result["resolution"] for result in results})
     for resolution in done:
-        rows = {name: images for (name, size), images in pictures.items() if size == resolution}
-        draw_strip(rows, output_dir / f"pictures-{resolution}.png", resolution)
+        rows = {name: images for (name, size), images in strips.items() if size == resolution}
+        save_strip(rows, output_dir / f"images-{resolution}.png", resolution)
 
 
 def table(results: list[dict], args: argparse.Namespace) -> str:
@@ -278,16 +282,16 @@ def table(results: list[dict], args: argparse.Namespace) -> str:
         )
     text += [
         "",
-        f"{first['images']} images drawn with {args.num_inference_steps} steps against {first['real_images']} real ones of "
+        f"{first['images']} images generated with {args.num_inference_steps} steps against {first['real_images']} real ones of "
         f"the same size, features of {first['feature_network']} at {first['network_resolution']} pixels. ±: standard "
-        "error from the choice of drawn images. Compare at one size only. Fréchet distances of few images are much too "
+        "error from the choice of generated images. Compare at one size only. Fréchet distances of few images are much too "
         f"large; the last column is that of {results[0]['metrics'][1]['floor_images']} other real ones against the same "
         "real ones.",
     ]
     return "\n".join(text) + "\n"
 
 
-def draw_plot(results: list[dict], path: Path) -> None:
+def save_plot(results: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5.5), layout="constrained")
@@ -329,8 +333,8 @@ def draw_plot(results: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def draw_strip(rows: dict[str, torch.Tensor], path: Path, resolution: int) -> None:
-    """A row of pictures for each model, the real ones first, magnified without smoothing."""
+def save_strip(rows: dict[str, torch.Tensor], path: Path, resolution: int) -> None:
+    """Write a row of images for each model, the real ones first, enlarged without smoothing."""
     cell = max(1, CELL // resolution) * resolution
     text_height = 18
     strip = Image.new("RGB", (SHOWN * (cell + 2), len(rows) * (cell + 2 + text_height)), "white")
@@ -339,9 +343,8 @@ def draw_strip(rows: dict[str, torch.Tensor], path: Path, resolution: int) -> No
         top = i * (cell + 2 + text_height)
         pen.text((2, top + 3), f"{name}, {resolution} pixels", fill="black")
         for j, image in enumerate(images):
-            pixels = image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
-            picture = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((cell, cell), Image.Resampling.NEAREST)
-            strip.paste(picture, (j * (cell + 2), top + text_height))
+            enlarged = to_pil(image).resize((cell, cell), Image.Resampling.NEAREST)
+            strip.paste(enlarged, (j * (cell + 2), top + text_height))
     strip.save(path)
 
 

@@ -1,6 +1,5 @@
-"""A trained network at sizes that it was not trained at: with which positions, and how it is trained on for a few steps."""
+"""A trained network at sizes that it was not trained at: how its positions are set, and how it is fine-tuned there."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from tqdm.auto import tqdm
 from diffusers_hdit.data import make_loader
 from diffusers_hdit.models.ablations import PatchInWithPositions
 from diffusers_hdit.models.modeling_hdit import HDiTModel
-from diffusers_hdit.training.config import parse_args
+from diffusers_hdit.training.config import TrainingConfig
 from diffusers_hdit.training.ema import EMAWeights
 from diffusers_hdit.training.objective import sample_and_compute_loss, seed_dropout
 from diffusers_hdit.training.optimization import make_optimizer
@@ -21,12 +20,14 @@ TREATMENTS = ("fill", "spacing")
 
 
 def treatments_of(network: HDiTModel) -> tuple[str, ...]:
-    """Those that differ for this network: without positions there is nothing to treat."""
+    """Return the treatments that differ for this network: without positions there is only one."""
     return TREATMENTS if network.config.position_embedding != "none" else ("fill",)
 
 
 def set_treatment(network: HDiTModel, treatment: str) -> None:
     """
+    Set how the network places tokens at other sizes than its own.
+
     Args:
         treatment: "fill", positions of every image fill [-1, 1]; or "spacing", they keep the trained images' spacing.
     """
@@ -37,8 +38,8 @@ def set_treatment(network: HDiTModel, treatment: str) -> None:
 
 def at_size(network: HDiTModel, resolution: int, treatment: str) -> HDiTModel:
     """
-    A copy whose sample_size is `resolution` and whose positions are those that `network` would have there, to be trained
-    on: additive ones become learned ones of the new size.
+    Return a copy to be fine-tuned, whose sample_size is `resolution` and whose positions are those that `network` has
+    there; additive ones become learned ones of the new size.
 
     Raises:
         ValueError: for a size that does not fit the network.
@@ -56,26 +57,23 @@ def at_size(network: HDiTModel, resolution: int, treatment: str) -> HDiTModel:
     return copy.to(network.device)
 
 
-# What a fine-tuning takes from the training before it, where that says so.
+# Settings that a fine-tuning takes over from the training.
 KEPT = ("noise_density", "noise_density_params", "loss_weighting", "random_flip", "mapping_lr_scale", "max_grad_norm",
         "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay")  # fmt: skip
 
 
-def finetuning_args(pipeline_dir: Path, sigma_data: float, **given) -> argparse.Namespace:
-    """The flags of `examples/train_hdit.py`: `given`, over those of KEPT that the training noted, over the defaults."""
-    args = parse_args(["--output_dir", "unused", "--train_data_dir", "unused"])
-    noted = Path(pipeline_dir) / "training_args.json"
-    before = json.loads(noted.read_text()) if noted.is_file() else {}
-    for name, value in {**{name: before[name] for name in KEPT if name in before}, **given}.items():
-        setattr(args, name, value)
-    args.sigma_data = sigma_data
-    return args
+def finetuning_config(pipeline_dir: Path, sigma_data: float, **settings) -> TrainingConfig:
+    """Return a configuration with these settings, those of KEPT that the training had, and defaults."""
+    saved = Path(pipeline_dir) / "training_args.json"
+    trained = json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else {}
+    kept = {name: trained[name] for name in KEPT if name in trained}
+    return TrainingConfig.from_sources(config={**kept, **settings, "scheduler": {"sigma_data": sigma_data}})
 
 
-def finetune(network: HDiTModel, dataset, steps: int, args: argparse.Namespace) -> HDiTModel:
+def finetune(network: HDiTModel, dataset, steps: int, config: TrainingConfig) -> HDiTModel:
     """
-    Trains the network for `steps` steps of args.train_batch_size images, in its dtype on its device, and gives it the
-    averaged weights.
+    Train the network for `steps` steps of config.train_batch_size images, in its dtype on its device, and return it with
+    the EMA weights.
 
     Raises:
         ValueError: for a network with conditions other than the noise level.
@@ -86,21 +84,27 @@ def finetune(network: HDiTModel, dataset, steps: int, args: argparse.Namespace) 
             "examples/train_hdit.py at the new --resolution."
         )
     device = network.device
-    optimizer = make_optimizer(network, args, device)
-    averages = EMAWeights(network, args.ema_decay)
-    batches = iter(make_loader(dataset, batch_size=args.train_batch_size, seed=args.seed))
+    optimizer = make_optimizer(network, config, device)
+    ema = EMAWeights(network, config.ema_decay)
+    batches = iter(make_loader(dataset, batch_size=config.train_batch_size, seed=config.seed))
     network.train()
-    draws = {"num_classes": None, "image_size": max(dataset.resolution), "strata": {}, "args": args}
-    if network.config.get("self_conditioning"):
-        draws["self_conditioning"] = True
     for _ in tqdm(range(steps), desc="fine-tuning", unit="step"):
         batch = next(batches)
-        seed_dropout(args.seed, batch["number"][0].item())
-        losses, _ = sample_and_compute_loss(network, batch, device, **draws)
+        seed_dropout(config.seed, batch["number"][0].item())
+        losses, _ = sample_and_compute_loss(
+            network,
+            batch,
+            device,
+            config,
+            num_classes=None,
+            image_size=max(dataset.resolution),
+            strata={},
+            self_conditioning=bool(network.config.get("self_conditioning")),
+        )
         losses.mean().backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        averages.step()
-    network.load_state_dict(averages.full_state_dict())
+        ema.step()
+    network.load_state_dict(ema.full_state_dict())
     return network.eval()

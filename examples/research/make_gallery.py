@@ -1,8 +1,8 @@
-"""Draws the pictures of docs/sampling.md and measures its tables, with the demo's model or one like it.
+"""Generate the images of docs/sampling.md and measure its tables, with the demo model or one like it.
 
     python examples/research/make_gallery.py --pipeline demo/pipeline [--upscale_pipeline DIR] --output_dir docs/images/sampling
 
-Pictures are PNGs; the tables go to tables.md beside them. --only NAME ... draws some of them.
+Grids are PNGs; the tables go to tables.md beside them. --only NAME ... generates some of them.
 """
 
 import argparse
@@ -29,9 +29,10 @@ from diffusers_hdit import (
 )
 from diffusers_hdit.data import load_images
 from diffusers_hdit.evaluation.image_grid import image_grid
+from diffusers_hdit.training.trainer import BUNDLED_DATASETS
 
 
-FACES = Path(__file__).parents[1] / "data" / "fluent_faces_64.png"
+FACES = BUNDLED_DATASETS["fluent-faces"]
 STEPS = (10, 20, 50)
 CELL = 64
 REFERENCE_STEPS = 2000
@@ -81,17 +82,17 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()) for image in images.clamp(0, 1)]
 
 
-def save(picture: Image.Image, path: Path) -> None:
+def save(grid: Image.Image, path: Path) -> None:
     # 256 colours are enough for what is looked at here, and a third of the bytes.
-    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    grid.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Grids
 
 
-def draw_samplers(pipe: HDiTPipeline) -> Image.Image:
+def samplers_grid(pipe: HDiTPipeline) -> Image.Image:
     faces = 4
     lines = []
     for name, scheduler in samplers(pipe.scheduler.config).items():
@@ -103,7 +104,7 @@ def draw_samplers(pipe: HDiTPipeline) -> Image.Image:
     return image_grid(lines, CELL, [f"{STEPS[i // faces]} steps" if i % faces == 0 else "" for i in range(3 * faces)])
 
 
-def draw_guidance(pipe: HDiTPipeline) -> Image.Image:
+def guidance_grid(pipe: HDiTPipeline) -> Image.Image:
     settings = {
         "1 (none)": {},
         "2": {"guidance_scale": 2.0},
@@ -123,16 +124,16 @@ def draw_guidance(pipe: HDiTPipeline) -> Image.Image:
     return image_grid(lines, CELL)
 
 
-def draw_img2img(pipe: HDiTPipeline) -> Image.Image:
+def img2img_grid(pipe: HDiTPipeline) -> Image.Image:
     pipe = as_pipeline(HDiTImg2ImgPipeline, pipe)
     strengths = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
     images = real_images(pipe, 5)
-    drawn = [pipe(images, strength=s, generator=generators(5)).images for s in strengths]
-    lines = [("", [image, *(column[i] for column in drawn)]) for i, image in enumerate(to_pil(images))]
+    columns = [pipe(images, strength=s, generator=generators(5)).images for s in strengths]
+    lines = [("", [image, *(column[i] for column in columns)]) for i, image in enumerate(to_pil(images))]
     return image_grid(lines, CELL, ["image", *map(str, strengths)])
 
 
-def draw_inpainting(pipe: HDiTPipeline) -> Image.Image:
+def inpainting_grid(pipe: HDiTPipeline) -> Image.Image:
     pipe = as_pipeline(HDiTInpaintPipeline, pipe)
     images = real_images(pipe, 5)
     height, width = images.shape[-2:]
@@ -152,7 +153,7 @@ def draw_inpainting(pipe: HDiTPipeline) -> Image.Image:
     return image_grid(lines, CELL, ["image", "known", "1 run", "", "10 runs", ""])
 
 
-def draw_upscaling(pipe: HDiTUpscalePipeline) -> Image.Image:
+def upscaling_grid(pipe: HDiTUpscalePipeline) -> Image.Image:
     factor = pipe.config.upscale_factor
     images = real_images(pipe, 6)
     small = upscaling.downscale(2 * images - 1, factor) / 2 + 0.5
@@ -165,10 +166,10 @@ def draw_upscaling(pipe: HDiTUpscalePipeline) -> Image.Image:
         to_pil(images),
     ]
     lines = [("", [column[i] for column in columns]) for i in range(6)]
-    return image_grid(lines, CELL, ["small", "bicubic", "drawn", "again", "again", "noise 0.3", "real"])
+    return image_grid(lines, CELL, ["low-res", "bicubic", "seed 0", "seed 1", "seed 2", "noise 0.3", "real"])
 
 
-def draw_interpolation(pipe: HDiTPipeline) -> Image.Image:
+def interpolation_grid(pipe: HDiTPipeline) -> Image.Image:
     pipe = as_pipeline(HDiTPipeline, pipe, scheduler=EDMHeunScheduler.from_config(pipe.scheduler.config))
     shape = (1, 3, *pipe.transformer.sample_size)
     weights = torch.linspace(0, 1, 9)
@@ -182,16 +183,16 @@ def draw_interpolation(pipe: HDiTPipeline) -> Image.Image:
     return image_grid(lines, CELL)
 
 
-def draw_sizes(pipe: HDiTPipeline) -> Image.Image:
+def sizes_grid(pipe: HDiTPipeline) -> Image.Image:
     height, width = pipe.transformer.sample_size
-    pictures = []
+    rows = []
     for factors in ((1, 1), (1, 1.5), (1.5, 1), (1.5, 1.5), (1, 2)):
         size = {"height": int(height * factors[0]), "width": int(width * factors[1])}
-        pictures.append(pipe(labels(pipe, 4), **size, guidance_scale=2.0, generator=generators(4)).images)
-    columns = [max(row[0].width for row in pictures) * 2 + 4] * 4
-    sheet = Image.new("RGB", (sum(columns) + 4, sum(2 * row[0].height + 4 for row in pictures) + 4), "white")
+        rows.append(pipe(labels(pipe, 4), **size, guidance_scale=2.0, generator=generators(4)).images)
+    columns = [max(row[0].width for row in rows) * 2 + 4] * 4
+    sheet = Image.new("RGB", (sum(columns) + 4, sum(2 * row[0].height + 4 for row in rows) + 4), "white")
     top = 4
-    for row in pictures:
+    for row in rows:
         for i, image in enumerate(row):
             enlarged = image.resize((2 * image.width, 2 * image.height), Image.Resampling.BICUBIC)
             sheet.paste(enlarged, (4 + i * columns[0], top))
@@ -240,20 +241,20 @@ def sampler_table(pipe: HDiTPipeline, count: int = 8) -> Iterator[str]:
         (*STEPS, 100, REFERENCE_STEPS), shape
     )
 
-    def draw(scheduler, steps: int) -> tuple[Tensor, float]:
+    def sample(scheduler, steps: int) -> tuple[Tensor, float]:
         pipe.scheduler = scheduler
         began = time.process_time()
         image = pipe(labels(pipe, count), latents=noise, num_inference_steps=steps, output_type="latent").images
         return image, time.process_time() - began
 
-    ode = draw(found["DPM++ 3M"], REFERENCE_STEPS)[0]
-    sde = draw(found["DPM++ 3M SDE"], REFERENCE_STEPS)[0]
-    draw(found["Euler"], STEPS[0])  # the first call takes longer
+    ode = sample(found["DPM++ 3M"], REFERENCE_STEPS)[0]
+    sde = sample(found["DPM++ 3M SDE"], REFERENCE_STEPS)[0]
+    sample(found["Euler"], STEPS[0])  # the first call takes longer
     yield f"| sampler | steps | evaluations | error, grey levels | CPU seconds for {count} images |"
     yield "|---|---|---|---|---|"
     for name, scheduler in found.items():
         for steps in (*STEPS, 100):
-            image, seconds = draw(scheduler, steps)
+            image, seconds = sample(scheduler, steps)
             error = 127.5 * (image - (sde if name.endswith("SDE") else ode)).square().mean().sqrt().item()
             evaluations = 2 * steps - 1 if name == "Heun" else steps
             yield f"| {name} | {steps} | {evaluations} | {error:.2f} | {seconds:.2f} |"
@@ -265,13 +266,13 @@ def cache_table(pipe: HDiTPipeline, count: int = 8) -> Iterator[str]:
     runs = [0]
     hooks = [b.attn.to_q.register_forward_pre_hook(lambda *_: runs.__setitem__(0, runs[0] + 1)) for b in blocks]
 
-    def draw() -> tuple[Tensor, float]:
+    def sample() -> tuple[Tensor, float]:
         runs[0], began = 0, time.process_time()
         image = pipe(labels(pipe, count), generator=generators(count), output_type="latent").images
         return image, time.process_time() - began
 
-    draw()
-    plain, seconds = draw()
+    sample()
+    plain, seconds = sample()
     yield f"| cache | attention layers of the middle level run | difference, grey levels | CPU seconds for {count} images |"
     yield "|---|---|---|---|"
     yield f"| none | {runs[0]} | 0 | {seconds:.2f} |"
@@ -281,7 +282,7 @@ def cache_table(pipe: HDiTPipeline, count: int = 8) -> Iterator[str]:
         configs.append((f"TaylorSeer, interval {interval}", TaylorSeerCacheConfig(**settings)))
     for name, config in configs:
         pipe.transformer.enable_cache(config)
-        image, seconds = draw()
+        image, seconds = sample()
         pipe.transformer.disable_cache()
         difference = 127.5 * (image - plain).square().mean().sqrt().item()
         yield f"| {name} | {runs[0]} | {difference:.2f} | {seconds:.2f} |"
@@ -307,13 +308,13 @@ def flow_table(pipe: HDiTPipeline, count: int = 8) -> Iterator[str]:
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-PICTURES: dict[str, Callable] = {
-    "samplers": draw_samplers,
-    "guidance": draw_guidance,
-    "img2img": draw_img2img,
-    "inpainting": draw_inpainting,
-    "interpolation": draw_interpolation,
-    "sizes": draw_sizes,
+GRIDS: dict[str, Callable] = {
+    "samplers": samplers_grid,
+    "guidance": guidance_grid,
+    "img2img": img2img_grid,
+    "inpainting": inpainting_grid,
+    "interpolation": interpolation_grid,
+    "sizes": sizes_grid,
 }
 TABLES = {"errors": sampler_table, "caches": cache_table, "flow": flow_table}
 
@@ -323,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pipeline", required=True, help="what make demo trained: demo/pipeline")
     parser.add_argument("--upscale_pipeline", help="folder of an HDiTUpscalePipeline; without it, no upscaling")
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--only", nargs="+", choices=[*PICTURES, "upscaling", *TABLES], help="default: all")
+    parser.add_argument("--only", nargs="+", choices=[*GRIDS, "upscaling", *TABLES], help="default: all")
     args = parser.parse_args(argv)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -337,13 +338,13 @@ def main(argv: list[str] | None = None) -> None:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    for name, draw in PICTURES.items():
+    for name, make_grid in GRIDS.items():
         if wanted(name):
-            save(draw(fresh()), folder / f"{name}.png")
+            save(make_grid(fresh()), folder / f"{name}.png")
     if args.upscale_pipeline and wanted("upscaling"):
         pipe = HDiTUpscalePipeline.from_pretrained(args.upscale_pipeline)
         pipe.set_progress_bar_config(disable=True)
-        save(draw_upscaling(pipe), folder / "upscaling.png")
+        save(upscaling_grid(pipe), folder / "upscaling.png")
     lines = []
     for name, table in TABLES.items():
         if wanted(name):

@@ -1,15 +1,14 @@
-"""Cuts perspective views out of equirectangular panoramas, at random angles: a set of images that is not soon memorised.
+"""Render perspective views of equirectangular panoramas at random angles: a data set that is not soon memorised.
 
     python examples/research/make_panorama_views.py --output_dir views --number 6000 --resolution 32 --seed 0
 
-The panoramas that come with the project are views of 18 places, no more. View number i is a function of the seed and i:
-more of them begin with the same ones, and another seed gives other views of the same places, to hold out.
+The panoramas that come with the project show 18 places. View i depends on the seed and i only: a larger --number starts
+with the same views, and another seed gives other views of the same places, as a held-out set.
 """
 
 import argparse
 import json
 import math
-import os
 import random
 import sys
 from pathlib import Path
@@ -20,17 +19,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from diffusers_hdit.utils.files import atomic_path
+
 
 PANORAMAS = Path(__file__).parents[1] / "data" / "panoramas"
 EXTENSIONS = (".webp", ".png", ".jpg", ".jpeg")
-PITCH, FIELD_OF_VIEW = (-20.0, 20.0), (60.0, 100.0)  # degrees that are drawn from
+PITCH, FIELD_OF_VIEW = (-20.0, 20.0), (60.0, 100.0)  # degrees, the ranges of random angles
 
 
 def view(panorama: Tensor, yaw: float, pitch: float, field_of_view: float, resolution: int) -> Tensor:
     """
-    What a pinhole camera sees, `(C, resolution, resolution)`.
+    Return what a pinhole camera sees, `(C, resolution, resolution)`.
 
-    Each pixel is the mean of rays that are nowhere further apart than half a pixel of the panorama's.
+    Each pixel is the mean of rays that are nowhere further apart than half a pixel of the panorama.
 
     Args:
         panorama: equirectangular, `(C, H, W)`: 360° wide, 180° high, yaw 0 in its middle.
@@ -38,7 +39,7 @@ def view(panorama: Tensor, yaw: float, pitch: float, field_of_view: float, resol
     """
     _, height, width = panorama.shape
     edge = math.tan(math.radians(field_of_view) / 2)
-    # Rays are furthest apart, as angles, in the middle of the picture.
+    # Rays are furthest apart, as angles, in the middle of the image.
     finest = 2 * math.degrees(2 * edge / resolution) * width / 360
     rays = max(2, math.ceil(finest))
     n = resolution * rays
@@ -68,7 +69,7 @@ def find_panoramas(folder: Path) -> list[Path]:
 
 
 def make_views(panoramas: list[Path], output_dir: Path, number: int, resolution: int, seed: int) -> None:
-    """Writes `number` views, the panoramas in turn."""
+    """Write `number` views, of the panoramas in turn."""
     images = []
     for path in panoramas:
         with Image.open(path) as image:
@@ -76,14 +77,13 @@ def make_views(panoramas: list[Path], output_dir: Path, number: int, resolution:
         images.append(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
     output_dir.mkdir(parents=True, exist_ok=True)
     for i in range(number):
-        draw = random.Random(f"{seed} {i}")
-        yaw, pitch, angle = draw.uniform(-180, 180), draw.uniform(*PITCH), draw.uniform(*FIELD_OF_VIEW)
-        seen = view(images[i % len(images)], yaw, pitch, angle, resolution)
-        pixels = (seen * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+        angles = random.Random(f"{seed} {i}")
+        yaw, pitch, field = angles.uniform(-180, 180), angles.uniform(*PITCH), angles.uniform(*FIELD_OF_VIEW)
+        pixels = view(images[i % len(images)], yaw, pitch, field, resolution)
+        pixels = (pixels * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
         path = output_dir / f"{i:06d}-{panoramas[i % len(images)].stem}.png"
-        partial = path.with_name(f".partial-{path.name}")
-        Image.fromarray(pixels).save(partial, format="PNG")
-        os.replace(partial, path)
+        with atomic_path(path) as partial:
+            Image.fromarray(pixels).save(partial, format="PNG")
 
 
 def prepare_folder(output_dir: Path, settings: dict) -> None:

@@ -1,9 +1,9 @@
-"""Trains every row of one study or more, evaluates it, and writes tables and plots.
+"""Train and evaluate every row of one or more studies, and write tables and plots.
 
     python examples/research/run_study.py attention positions --output_dir studies --processes 2
 
 STUDY is a name in examples/research/studies or a JSON file (`study.py` says what is in it). Rows that several
-studies share are trained once. Interrupted, the same command goes on where it was, and its tables are the same.
+studies share are trained once. To resume an interrupted study, run the same command again; its tables are the same.
 Without --train_data_dir the images are views of the panoramas that come with the project.
 """
 
@@ -19,8 +19,8 @@ from pathlib import Path
 
 import study_report
 import torch
-from study import Study, check_features, read_study
-from study_runs import Run, carry_out, reference_features
+from study import Study, load_features, read_study
+from study_runs import Run, reference_features, train_and_evaluate
 
 from diffusers_hdit.data import load_images
 from diffusers_hdit.utils.files import write_atomically
@@ -35,11 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     # Everything that can be refused is refused here, before anything is written or trained.
     studies = [read_study(path, data_identity(args), args.seeds) for path in study_paths(args.study)]
     for study in studies:
-        check_features(study.evaluation)
+        load_features(study.evaluation)
     study_report.check_matplotlib()
     check_alike(studies, args)
     runs = list_runs(studies, args)
-    print(plan(studies, runs))
+    print(study_summary(studies, runs))
     if args.dry_run:
         return
     failed = []
@@ -66,13 +66,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("study", nargs="+", metavar="STUDY", help=f"{', '.join(known_studies())}, or a JSON file")
     add("--output_dir", required=True, help="for tables and plots; runs/ in it has the trainings")
     add("--processes", type=int, default=1, help="rows that are trained at once")
-    add("--threads", type=int, help="of a process; default: the cores shared out")
+    add("--threads", type=int, help="of a process; default: the cores divided by --processes")
     add("--seeds", type=int, nargs="+", help="in place of those that the studies name")
     add("--train_data_dir", help="folder of images to train on; needs --held_out_dir")
     add("--held_out_dir", help="folder of other images: for the held-out loss, and to measure distances from")
-    add("--max_minutes", type=float, help="begin no run after this; the same command goes on with the others")
-    add("--dry_run", action="store_true", help="say what would be done, and end")
-    add("--report_only", action="store_true", help="train nothing; tables and plots of what is there")
+    add("--max_minutes", type=float, help="start no run after this; the same command starts the others")
+    add("--dry_run", action="store_true", help="print what would be done, and stop")
+    add("--report_only", action="store_true", help="train nothing; write tables and plots of the finished runs")
     args = parser.parse_args(argv)
     if args.processes < 1 or (args.threads is not None and args.threads < 1):
         parser.error("--processes and --threads must be at least 1.")
@@ -102,7 +102,7 @@ def study_paths(names: list[str]) -> list[Path]:
 
 
 def data_identity(args: argparse.Namespace) -> str:
-    """Of given folders, where they lie and what the files are called; of the views the base says it."""
+    """Return a text that identifies the images of given folders; it is empty for the views, which the base describes."""
     if args.train_data_dir is None:
         return ""
     folders = [Path(args.train_data_dir).resolve(), Path(args.held_out_dir).resolve()]
@@ -110,7 +110,7 @@ def data_identity(args: argparse.Namespace) -> str:
 
 
 def check_alike(studies: list[Study], args: argparse.Namespace) -> None:
-    """One folder has one set of images."""
+    """Raise ValueError for studies with different images, since an output folder has one set."""
     for study in studies:
         if args.train_data_dir is not None:
             study.data = {"folder": args.held_out_dir}
@@ -122,7 +122,7 @@ def check_alike(studies: list[Study], args: argparse.Namespace) -> None:
 
 
 def list_runs(studies: list[Study], args: argparse.Namespace) -> list[Run]:
-    """Each once; all rows with their first seed, then with their second, and so on."""
+    """Return each run once: all rows with their first seed, then with their second, and so on."""
     output_dir = Path(args.output_dir)
     data = output_dir / "data"
     found: dict[Path, tuple[int, Run]] = {}
@@ -138,7 +138,6 @@ def list_runs(studies: list[Study], args: argparse.Namespace) -> list[Run]:
                     Path(args.train_data_dir or data / "train"),
                     Path(args.held_out_dir or data / "held_out"),
                     output_dir / "cache",
-                    RESEARCH.parent / "train_hdit.py",
                     args.threads,
                 )
                 found.setdefault(run.result_path, (i, run))
@@ -149,7 +148,7 @@ def run_folder(output_dir: Path, row, seed: int) -> Path:
     return output_dir / "runs" / f"{row.identity}-seed{seed}"
 
 
-def plan(studies: list[Study], runs: list[Run]) -> str:
+def study_summary(studies: list[Study], runs: list[Run]) -> str:
     done = sum(run.read_result() is not None for run in runs)
     lines = []
     for study in studies:
@@ -164,7 +163,7 @@ def plan(studies: list[Study], runs: list[Run]) -> str:
 
 
 def prepare_data(study: Study, args: argparse.Namespace) -> None:
-    """The views, unless images were given; then the features of the held-out ones, once for all processes."""
+    """Make the views, unless images were given, and compute the features of the held-out ones, once for all processes."""
     output_dir = Path(args.output_dir)
     folders = {"train": ("views", 0), "held_out": ("held_out_views", HELD_OUT_SEED)}
     for name, (number, seed) in folders.items() if args.train_data_dir is None else ():
@@ -174,7 +173,7 @@ def prepare_data(study: Study, args: argparse.Namespace) -> None:
             check_views(done, output_dir / "data" / name, settings)
             continue
         command = [sys.executable, RESEARCH / "make_panorama_views.py", "--output_dir", output_dir / "data" / name]
-        command += [part for key, value in settings.items() for part in (f"--{key}", value)]
+        command += [word for key, value in settings.items() for word in (f"--{key}", value)]
         subprocess.run(list(map(str, command)), check=True)
         write_atomically(done, json.dumps(settings))
     torch.set_num_threads(args.threads)
@@ -184,14 +183,11 @@ def prepare_data(study: Study, args: argparse.Namespace) -> None:
     ):
         size = study.rows[0].training["model"]["sample_size"]
         images = load_images(train_data_dir=folder, resolution=size, center_crop=True, cache_dir=output_dir / "cache")
-    reference_features(check_features(study.evaluation), images, output_dir / "cache")
+    reference_features(load_features(study.evaluation), images, output_dir / "cache")
 
 
 def check_views(done: Path, folder: Path, settings: dict) -> None:
-    """
-    Raises:
-        ValueError: for a folder with views of other settings.
-    """
+    """Raise ValueError for a folder with views of other settings."""
     text = done.read_text()
     # Earlier versions wrote nothing into the file.
     found = json.loads(text) if text.strip() else {**settings, "number": len(list(folder.glob("*.png")))}
@@ -200,25 +196,22 @@ def check_views(done: Path, folder: Path, settings: dict) -> None:
 
 
 def train_all(runs: list[Run], processes: int, max_minutes: float | None = None) -> list[Run]:
-    """In processes of their own, which begin as copies of one that has imported everything; returns those that failed."""
-    kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(kind)
-    if kind == "forkserver":
-        context.set_forkserver_preload(
-            ["diffusers_hdit.study_runs", "accelerate", "datasets", "diffusers.optimization"]
-        )
-    waiting = [run for run in runs if run.read_result() is None]
-    total, began, finished, failed, active = len(waiting), time.time(), 0, [], {}
-    while waiting or active:
-        if max_minutes is not None and waiting and time.time() - began > 60 * max_minutes:
-            print(f"{max_minutes:g} minutes are over: {len(waiting)} runs were not begun.")
-            waiting = []
-        while waiting and len(active) < processes:
-            run = waiting.pop(0)
-            process = context.Process(target=carry_out, args=(run,))
+    """Do the runs in processes of their own, forked from one that has imported everything; return those that failed."""
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(["study_runs", "accelerate", "datasets", "diffusers.optimization"])
+    pending = [run for run in runs if run.read_result() is None]
+    total, began, finished, failed, active = len(pending), time.time(), 0, [], {}
+    while pending or active:
+        if max_minutes is not None and pending and time.time() - began > 60 * max_minutes:
+            print(f"{max_minutes:g} minutes are over: {len(pending)} runs were not started.")
+            pending = []
+        while pending and len(active) < processes:
+            run = pending.pop(0)
+            process = context.Process(target=train_and_evaluate, args=(run,))
             process.start()
             active[process.sentinel] = (process, run)
-        # Nothing is active if the time was over at once.
         for sentinel in multiprocessing.connection.wait(list(active)) if active else ():
             process, run = active.pop(sentinel)
             process.join()
@@ -235,7 +228,7 @@ def train_all(runs: list[Run], processes: int, max_minutes: float | None = None)
 
 
 def results_of(study: Study, runs: list[Run]) -> dict[str, dict[int, dict]]:
-    """{row: {seed: result}} of the runs that are done."""
+    """Return {row: {seed: result}} of the finished runs."""
     by_folder = {run.folder: run for run in runs if run.evaluation == study.evaluation}
     results = {}
     for row in study.rows:
@@ -255,4 +248,4 @@ if __name__ == "__main__":
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("Interrupted. The same command goes on from here.")
+        sys.exit("Interrupted. To resume, run the same command again.")

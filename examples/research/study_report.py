@@ -1,4 +1,4 @@
-"""The results of a study as a table (Markdown and csv) and a picture. What is not there yet is left out, and counted."""
+"""Report the results of a study as tables (Markdown and CSV) and a plot. Runs that are missing are named."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ MEASURES = ("held-out loss", "kernel distance", "Fréchet distance")
 
 
 def value_at(point: dict, measure: str) -> float | None:
-    """A measure of a point of a result, None where it was not taken."""
+    """Return a measure at a point of a result, None if it was not taken there."""
     if measure == "held-out loss":
         return point.get("held_out", {}).get("loss")
     found = [d["value"] for d in point.get("distances", []) if d["name"] == NAMES[measure]]
@@ -28,31 +28,31 @@ NAMES = {"kernel distance": "kernel_distance", "Fréchet distance": "frechet_dis
 
 
 def final(result: dict, measure: str) -> float | None:
-    """At the last point that has it."""
+    """Return a measure at the last point that has it."""
     values = [value_at(point, measure) for point in result["points"]]
     values = [value for value in values if value is not None]
     return values[-1] if values else None
 
 
 def finals(results: dict[int, dict], measure: str) -> dict[int, float]:
-    """{seed: value} of a row."""
+    """Return {seed: final value} of a row."""
     values = {seed: final(result, measure) for seed, result in results.items()}
     return {seed: value for seed, value in values.items() if value is not None}
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """The sample's standard deviation; None where there are too few."""
+    """Return the mean and the sample's standard deviation; None where there are too few values."""
     mean = statistics.fmean(values) if values else None
     return mean, statistics.stdev(values) if len(values) > 1 else None
 
 
 def differences(row: dict[int, float], first: dict[int, float]) -> list[float]:
-    """To the first row, seed by seed: two runs of one seed see the same images and noise in the same order."""
+    """Return the differences to the first row, seed by seed: runs of one seed see the same images and noise in the same order."""
     return [row[seed] - first[seed] for seed in sorted(set(row) & set(first))]
 
 
 def show(values: Sequence[float], sign: str = "") -> str:
-    """Mean ± deviation (how many), to two digits of the deviation."""
+    """Return "mean ± deviation (how many)", to two digits of the deviation."""
     mean, deviation = mean_and_deviation(values)
     if mean is None:
         return "-"
@@ -63,7 +63,7 @@ def show(values: Sequence[float], sign: str = "") -> str:
 
 
 def same_sign(values: Sequence[float]) -> str:
-    """In how many seeds the difference has its mean's sign: deviations of two or three values say little."""
+    """Say in how many seeds the difference has its mean's sign: deviations of two or three values say little."""
     if len(values) < 2:
         return ""
     below = statistics.fmean(values) < 0
@@ -72,7 +72,7 @@ def same_sign(values: Sequence[float]) -> str:
 
 
 def missing(study: Study, results: dict[str, dict[int, dict]], failed: Collection[tuple[str, int]]) -> list[str]:
-    """A line for the runs that failed and one for the others without a result; `failed` has (identity, seed)."""
+    """Return a line for the runs that failed and one for the others without a result; `failed` has (identity, seed)."""
     lines = []
     for word, wanted in (("failed", True), ("no result yet", False)):
         named = []
@@ -86,11 +86,11 @@ def missing(study: Study, results: dict[str, dict[int, dict]], failed: Collectio
 
 
 def table(study: Study, results: dict[str, dict[int, dict]]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines for people; `results` is {row: {seed: result}}."""
+    """Return header and lines of the table; `results` is {row: {seed: result}}."""
     header = ["row", "parameters", "MMAC / image", "images", "training FLOPs"]
     for measure in MEASURES:
         header += [measure, "difference"]
-    header = header[:-1]  # Fréchet distances of few images are no good to subtract
+    header = header[:-1]  # differences of Fréchet distances of few images mean nothing
     with_paper = any(row.paper is not None for row in study.rows)
     lines = []
     for row in study.rows:
@@ -128,7 +128,7 @@ def markdown(study: Study, results: dict[str, dict[int, dict]], failed: Collecti
         f"Held-out loss: soft-min-snr, of EMA weights, on {evaluation['loss_images']} images that were not trained on, "
         f"each at {evaluation['noise_levels']} noise levels, the same noise for every row.",
         "",
-        f"Distances: {evaluation['images']} images drawn with {evaluation['num_inference_steps']} steps against "
+        f"Distances: {evaluation['images']} images generated with {evaluation['num_inference_steps']} steps against "
         f"{reference(data)}, features of {evaluation['feature_network']} at "
         f"{evaluation['network_resolution']} pixels (bicubic, antialiased). They are no FIDs, and the Fréchet distance "
         f"of so few images is much too large: compare it inside this table only.",
@@ -137,7 +137,7 @@ def markdown(study: Study, results: dict[str, dict[int, dict]], failed: Collecti
 
 
 def reference(data: dict) -> str:
-    """What the distances are measured against."""
+    """Describe what the distances are measured against."""
     if "folder" in data:
         return f"the images of {data['folder']}"
     return f"{data['held_out_views']} held-out views of the 18 places, {data['resolution']} pixels"
@@ -162,7 +162,7 @@ def csv_of_rows(study: Study, results: dict[str, dict[int, dict]]) -> str:
 
 
 def csv_of_points(study: Study, results: dict[str, dict[int, dict]]) -> str:
-    """A line for each point of each run."""
+    """Return a CSV with a line for each point of each run."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["row", "seed", "images", "training_flops", *MEASURES])
@@ -176,11 +176,11 @@ def csv_of_points(study: Study, results: dict[str, dict[int, dict]]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The picture
+# The plot
 
 
 def curve(row_results: dict[int, dict], measure: str, against: str) -> tuple[list[float], list[float], list[float]]:
-    """Mean over seeds at each point, and the standard deviation (0 of one seed)."""
+    """Return the places of the points, and mean and standard deviation over seeds at each (0 of one seed)."""
     by_place: dict[float, list[float]] = {}
     for result in row_results.values():
         for point in result["points"]:
@@ -193,7 +193,7 @@ def curve(row_results: dict[int, dict], measure: str, against: str) -> tuple[lis
 
 
 def training_curve(row_results: dict[int, dict], window: int) -> tuple[list[float], list[float]]:
-    """Mean over seeds, then a running mean over `window` reports."""
+    """Return numbers of images, and the mean loss over seeds, then over `window` reports."""
     by_images: dict[float, list[float]] = {}
     for result in row_results.values():
         for images, loss in result["training_loss"]:
@@ -206,7 +206,7 @@ def training_curve(row_results: dict[int, dict], window: int) -> tuple[list[floa
 
 
 def errors_by_level(row_results: dict[int, dict]) -> tuple[list[float], list[float]]:
-    """Noise levels, and the mean over seeds of the held-out error at each, at the end."""
+    """Return noise levels, and the mean over seeds of the final held-out error at each."""
     last = [result["points"][-1]["held_out"] for result in row_results.values()]
     return last[0]["sigma"], [statistics.fmean(values) for values in zip(*(h["error"] for h in last), strict=True)]
 
@@ -214,7 +214,7 @@ def errors_by_level(row_results: dict[int, dict]) -> tuple[list[float], list[flo
 def errors_against(
     row_results: dict[int, dict], first: dict[int, dict]
 ) -> tuple[list[float], list[float], list[float]]:
-    """Noise levels, and of the seeds that both have: mean and deviation of the error's difference to the first row's, %."""
+    """Return noise levels, and mean and deviation over common seeds of the error's difference to the first row's, in %."""
     seeds = sorted(set(row_results) & set(first))
     if not seeds:
         return [], [], []
@@ -227,16 +227,16 @@ def errors_against(
 
 
 def with_common_seeds(results: dict[str, dict[int, dict]]) -> dict[str, dict[int, dict]]:
-    """Without the seeds that another row has no result of: curves of other seeds are not comparable. All, if none is left."""
+    """Leave out seeds that some row has no result of, since their curves are not comparable; unless none would be left."""
     common = set.intersection(*(set(found) for found in results.values() if found))
     if not common:
         return results
     return {row: {seed: r for seed, r in found.items() if seed in common} for row, found in results.items()}
 
 
-def draw(study: Study, results: dict[str, dict[int, dict]], path: Path) -> None:
+def save_plot(study: Study, results: dict[str, dict[int, dict]], path: Path) -> None:
     """
-    Held-out loss and kernel distance against images and against training FLOPs, the training loss, and the held-out error
+    Plot held-out loss and kernel distance against images and against training FLOPs, the training loss, and the held-out error
     by noise level relative to the first row.
     """
     from matplotlib.figure import Figure
@@ -251,7 +251,7 @@ def draw(study: Study, results: dict[str, dict[int, dict]], path: Path) -> None:
         for column, against in enumerate(("images", "flops")):
             axis = axes[line, column]
             for row in rows:
-                draw_curve(axis, row, results[row.name], measure, against, colors[row.name])
+                plot_curve(axis, row, results[row.name], measure, against, colors[row.name])
             unit = "training images" if against == "images" else "training FLOPs (forward and backward)"
             axis.set(xlabel=unit, ylabel=f"{measure}{' (soft-min-snr, EMA)' if line == 0 else ' (EMA)'}")
             # Unbiased kernel distances can be negative.
@@ -294,14 +294,14 @@ def draw(study: Study, results: dict[str, dict[int, dict]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def draw_curve(axis, row: Row, row_results: dict[int, dict], measure: str, against: str, color: str) -> None:
+def plot_curve(axis, row: Row, row_results: dict[int, dict], measure: str, against: str, color: str) -> None:
     places, means, deviations = curve(row_results, measure, against)
     if places:
         axis.errorbar(places, means, yerr=deviations, color=color, marker="o", markersize=4, capsize=3, linewidth=1.2)
 
 
 def check_matplotlib() -> None:
-    """Raises ImportError where there is none, before any work."""
+    """Raise ImportError if matplotlib is not installed, before any work."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -314,7 +314,7 @@ def write(
     output_dir: Path,
     failed: Collection[tuple[str, int]] = (),
 ) -> list[Path]:
-    """NAME.md, NAME.csv, NAME-points.csv and, if any run is done, NAME.png; `failed` runs, (identity, seed), are named."""
+    """Write NAME.md, NAME.csv, NAME-points.csv and, if any run is finished, NAME.png; `failed` has (identity, seed)."""
     output_dir.mkdir(parents=True, exist_ok=True)
     paths = [output_dir / f"{study.name}{end}" for end in (".md", ".csv", "-points.csv", ".png")]
     for path, text in zip(
@@ -325,5 +325,5 @@ def write(
         write_atomically(path, text)
     if not any(results.values()):
         return paths[:3]
-    draw(study, results, paths[3])
+    save_plot(study, results, paths[3])
     return paths

@@ -26,6 +26,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--split", default="train")
     add("--image_column", default="image")
     add("--label_column", help="generate classes in the proportions of the real images")
+    add("--class_folder_depth", type=int, help="of a folder: how deep its class folders are")
+    add("--max_unreadable", type=float, default=0.01, help="share of real images that may be unreadable")
     add("--condition_columns", nargs="+", help="of a model trained on them: generate with the real images' conditions")
     add("--cache_dir", help="for the check of the images and the features of the real ones")
     add("--metrics", nargs="+", choices=METRICS, help="default: those that the feature network has")

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..data import load_images
 from ..pipelines.pipeline_hdit import HDiTPipeline
 from ..utils.distributed import broadcast_from_main, distributed_map
-from ..utils.files import default_cache_dir, write_atomically
+from ..utils.files import write_atomically
 from . import metrics
 from .feature_extractors import FeatureExtractor, cache_path, load_extractor, read_cache, write_cache
 from .generate import generate_batch
@@ -61,9 +61,14 @@ def real_images(real, indices: Iterable[int]) -> Tensor:
     return torch.stack([real[i, (0.5, 0.5)]["image"] for i in indices])
 
 
-def reference_features(extractor: FeatureExtractor, real, batch_size: int, cache_dir: Path) -> Tensor | None:
+def reference_features(
+    extractor: FeatureExtractor, real, batch_size: int, cache_dir: str | Path | None = None
+) -> Tensor | None:
     """
     Compute the features of the real images on all processes, or take them from the cache.
+
+    Args:
+        cache_dir: where they are kept, in the folder `features`; default: this package's cache folder.
 
     Returns:
         Features `(N, D)` on the main process, None elsewhere.
@@ -175,16 +180,9 @@ class ImageGenerator:
         height, width = self.size or (None, None)
         with self.autocast():
             images = generate_batch(
-                self.pipeline,
-                indices,
-                self.seed,
-                self.conditions,
-                height=height,
-                width=width,
-                num_inference_steps=self.num_inference_steps,
-                guidance_scale=self.guidance_scale,
-                output_type="pt",
-            )
+                self.pipeline, indices, self.seed, self.conditions, height=height, width=width, output_type="pt",
+                num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale,
+            )  # fmt: skip
         return (images.float() * 255).round().to(torch.uint8)
 
     @property
@@ -287,18 +285,12 @@ class InTrainingEvaluator:
         conditions = conditions_for(
             pipeline.transformer.config, real, args.metrics_images, real.id2label or {}, real.condition_columns
         )
+        images, steps = args.metrics_images, args.metrics_steps
         generator = ImageGenerator(
-            pipeline,
-            conditions,
-            args.metrics_images,
-            args.train_batch_size,
-            args.metrics_steps,
-            seed=args.seed,
-            autocast=autocast,
+            pipeline, conditions, images, args.train_batch_size, steps, seed=args.seed, autocast=autocast
         )
         if not broadcast_from_main(lambda: self.real_features is not None):
-            cache = default_cache_dir(args.cache_dir) / "features"
-            self.real_features = reference_features(self.extractor, real, args.train_batch_size, cache)
+            self.real_features = reference_features(self.extractor, real, args.train_batch_size, args.cache_dir)
         features, _ = generated_features(generator, self.extractor)
         self.extractor.network.to("cpu")  # its memory is the training's
         self.last_step = step
@@ -344,8 +336,7 @@ def evaluate_pipeline(args: Namespace) -> None:
     )
     real_features = None
     if statistics is None:
-        cache = default_cache_dir(args.cache_dir) / "features"
-        real_features = reference_features(extractor, real, args.batch_size, cache)
+        real_features = reference_features(extractor, real, args.batch_size, args.cache_dir)
     total = -(-args.num_images // args.batch_size)
     progress = lambda batches: tqdm(batches, total=total, desc="Batches", disable=not state.is_main_process)  # noqa: E731
     features, images = generated_features(generator, extractor, bool(args.save_npz), progress)
@@ -369,19 +360,16 @@ def evaluate_pipeline(args: Namespace) -> None:
         neighbors_grid([f"image {i}" for i in rows], generated, nearest, distances[rows]).save(args.neighbors_picture)
 
 
+# Flags that are arguments of `load_images`.
+LOADING = ("train_data_dir", "dataset_name", "dataset_config_name", "split", "image_column", "label_column",
+           "class_folder_depth", "condition_columns", "cache_dir", "max_unreadable")  # fmt: skip
+
+
 def open_real_images(args: Namespace, pipeline: HDiTPipeline):
     """Open the real images at the model's size and channels, their conditions normalised as the model's are."""
-    columns = args.condition_columns
     real = load_images(
-        train_data_dir=args.train_data_dir,
-        dataset_name=args.dataset_name,
-        dataset_config_name=args.dataset_config_name,
-        split=args.split,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        condition_columns=columns,
-        condition_statistics=pipeline.config.condition_columns if columns else None,
-        cache_dir=args.cache_dir,
+        **{name: getattr(args, name) for name in LOADING},
+        condition_statistics=pipeline.config.condition_columns if args.condition_columns else None,
         resolution=pipeline.transformer.sample_size,
         in_channels=pipeline.transformer.config.in_channels,
         center_crop=True,

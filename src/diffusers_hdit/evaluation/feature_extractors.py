@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import __version__
-from ..utils.files import atomic_path
+from ..utils.files import atomic_path, default_cache_dir
 from . import FEATURE_NETWORKS
 
 
@@ -26,7 +26,6 @@ RESIZE_FILTERS = {
     "bilinear-tf1": "bilinear as in TensorFlow 1, not antialiased",
 }
 HUB_WEIGHTS = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-patch14-336"}
-NETWORKS = FEATURE_NETWORKS  # until the training takes it from `evaluation`
 
 
 @dataclass
@@ -348,14 +347,14 @@ def preprocessing_of(processor, source: str) -> tuple[int, str]:
 # The cache of real images' features
 
 
-def cache_path(extractor: FeatureExtractor, real, cache_dir: Path) -> Path:
+def cache_path(extractor: FeatureExtractor, real, cache_dir: str | Path | None) -> Path:
     """
     Return the file for the features of a dataset. Its name is a hash of what they depend on: which images these are
     (without reading one), how they are transformed, the network and its resizing.
     """
-    images = getattr(real, "fingerprint", None) or real.identity
-    key = [extractor.fingerprint, images, real.resolution, real.in_channels, __version__]
-    return Path(cache_dir) / f"features-{hashlib.sha256(repr(key).encode()).hexdigest()[:40]}.safetensors"
+    key = [extractor.fingerprint, real.fingerprint, real.resolution, real.in_channels, __version__]
+    folder = default_cache_dir(cache_dir) / "features"
+    return folder / f"features-{hashlib.sha256(repr(key).encode()).hexdigest()[:40]}.safetensors"
 
 
 def read_cache(path: Path) -> Tensor | None:

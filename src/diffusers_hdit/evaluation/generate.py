@@ -295,15 +295,9 @@ def sample_files(args: Namespace) -> None:
     if pipeline.transformer.config.num_classes is not None or args.class_labels:
         labels = [label for _, label in class_rows(pipeline, args.class_labels)]
     generate_images(
-        pipeline,
-        args.output,
-        args.num_images,
-        class_labels=labels,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-    )
+        pipeline, args.output, args.num_images, class_labels=labels, batch_size=args.batch_size, seed=args.seed,
+        num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
+    )  # fmt: skip
     state.print(f"Wrote {args.num_images:,} images to {args.output}.")
 
 

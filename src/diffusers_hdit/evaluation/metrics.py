@@ -7,7 +7,7 @@ of Inception-v3 only, "CMMD" for those of CLIP: with any other network it is a F
 All set functions take features `(N, D)` of any floating-point dtype and compute in float64.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +175,10 @@ def frechet_floor(reference: Tensor, images: int, seed: int = 0) -> tuple[float,
     return frechet_distance(*one, *other), m
 
 
-def precision_recall(generated: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
+NEIGHBORS = 3  # of precision and recall
+
+
+def precision_recall(generated: Tensor, real: Tensor, k: int = NEIGHBORS) -> tuple[float, float]:
     """
     Return improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, equations 1 and 2): the share of
     generated images that are no farther from some real image than its k-th nearest real one, and the share of real images
@@ -367,55 +370,42 @@ def evaluate(
         "network_resolution": extractor.resolution or "as generated",
         "resize_filter": extractor.resizing,
     }
-    computed: dict[str, dict] = {}
-    for name in metrics:
-        if name in ("precision", "recall") and name not in computed:
-            computed |= precision_and_recall_with_bias(generated, real)
-        elif name in ("fid", "frechet_distance"):
-            computed[name] = frechet_with_floor(generated, real, statistics)
-        elif name not in computed:
-            computed[name] = COMPUTED[name](generated, real, extractor)
-    return [{"name": name, **computed[name], **about} for name in metrics]
+    return [{"name": name, **compute(name, generated, real, extractor, statistics), **about} for name in metrics]
 
 
-def frechet_with_floor(generated: Tensor, real: Tensor | None, statistics: tuple[Tensor, Tensor] | None) -> dict:
-    target = mean_and_covariance(real) if statistics is None else statistics
-    found = {
-        "value": frechet_distance(*mean_and_covariance(generated), *target),
-        "bias": "too large with few images; comparable at equal numbers of images only",
+def compute(
+    name: str,
+    generated: Tensor,
+    real: Tensor | None,
+    extractor: FeatureExtractor,
+    statistics: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, object]:
+    """Return a metric's value with its error or bias, as `evaluate` describes."""
+    equal_numbers = "comparable at equal numbers of images only"
+    if name in OF_STATISTICS:
+        target = mean_and_covariance(real) if statistics is None else statistics
+        value = frechet_distance(*mean_and_covariance(generated), *target)
+        result = {"value": value, "bias": f"too large with few images; {equal_numbers}"}
+        halved, whose = (generated, "generated images") if real is None else (real, "real images")
+        if len(halved) >= 4:
+            floor, images = frechet_floor(halved, len(generated))
+            result |= {"floor": floor, "floor_images": images, "floor_of": whose}
+        return result
+    if name in ("kid", "kernel_distance"):
+        value, error = kernel_distance_and_error(generated, real)
+        return {"value": value, "standard_error": error}
+    if name == "inception_score":
+        value, deviation = inception_score(extractor.network.logits(generated))
+        bias = f"too low with few images; {equal_numbers}"
+        return {"value": value, "standard_deviation": deviation, "splits": SPLITS, "bias": bias}
+    if name == "cmmd":
+        value, bias = cmmd_and_bias(generated, real)
+        return {"value": value, "bias": f"too large by {bias:.3g} with these numbers of images"}
+    if name == "near_copies":
+        return {"value": share_of_near_copies(generated, real)}
+    x, y = checked(generated, real, at_least=NEIGHBORS + 1)
+    value = covered(x, y, NEIGHBORS) if name == "precision" else covered(y, x, NEIGHBORS)
+    return {
+        "value": value,
+        "bias": "depends on the numbers of images, which should be equal; comparable at the same numbers only",
     }
-    halved = generated if real is None else real
-    if len(halved) >= 4:
-        found["floor"], found["floor_images"] = frechet_floor(halved, len(generated))
-        found["floor_of"] = "generated images" if real is None else "real images"
-    return found
-
-
-def precision_and_recall_with_bias(generated: Tensor, real: Tensor) -> dict[str, dict]:
-    bias = "depends on the numbers of images, which should be equal; comparable at the same numbers only"
-    both = precision_recall(generated, real)
-    return {name: {"value": value, "bias": bias} for name, value in zip(("precision", "recall"), both, strict=True)}
-
-
-def kernel_with_error(generated: Tensor, real: Tensor, extractor: FeatureExtractor) -> dict:
-    return dict(zip(("value", "standard_error"), kernel_distance_and_error(generated, real), strict=True))
-
-
-def inception_score_with_deviation(generated: Tensor, real: Tensor, extractor: FeatureExtractor) -> dict:
-    value, deviation = inception_score(extractor.network.logits(generated))
-    bias = "too low with few images; comparable at equal numbers of images only"
-    return {"value": value, "standard_deviation": deviation, "splits": SPLITS, "bias": bias}
-
-
-def cmmd_with_bias(generated: Tensor, real: Tensor, extractor: FeatureExtractor) -> dict:
-    value, bias = cmmd_and_bias(generated, real)
-    return {"value": value, "bias": f"too large by {bias:.3g} with these numbers of images"}
-
-
-COMPUTED: dict[str, Callable[[Tensor, Tensor, FeatureExtractor], dict]] = {
-    "kid": kernel_with_error,
-    "kernel_distance": kernel_with_error,
-    "inception_score": inception_score_with_deviation,
-    "cmmd": cmmd_with_bias,
-    "near_copies": lambda generated, real, extractor: {"value": share_of_near_copies(generated, real)},
-}

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
 
 from .. import presets
+from ..evaluation import FEATURE_NETWORKS, METRICS
 from ..utils.arguments import ArgumentParser
 
 
@@ -26,9 +27,6 @@ MODEL_TYPES = ("hdit", "dit", "unet")
 NOISE_DENSITIES = ("cosine-interpolated", "cosine", "lognormal", "loguniform", "loglogistic")
 LOSS_WEIGHTINGS = ("soft-min-snr", "min-snr", "snr", "karras")
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-METRICS = ("fid", "kid", "inception_score", "cmmd", "kernel_distance", "frechet_distance", "precision", "recall",
-           "near_copies")  # fmt: skip
-FEATURE_NETWORKS = ("efficientnet-lite0", "inception-v3", "dinov2", "clip")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 # Modes of torch.compile that record CUDA graphs.
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
