@@ -5,10 +5,12 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import yaml
@@ -141,7 +143,9 @@ def test_the_quickstart_notebook_runs(tmp_path):
     (tmp_path / "quickstart.py").write_text(
         code + "\n\nassert images and (Path(OUTPUT_DIR) / 'model_index.json').exists()\n"
     )
-    subprocess.run([sys.executable, "quickstart.py"], cwd=tmp_path, check=True, timeout=300)
+    package = str(Path(diffusers_hdit.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
+    subprocess.run([sys.executable, "quickstart.py"], cwd=tmp_path, check=True, timeout=300, env=environment)
 
 
 def documented() -> list[str]:
