@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusers_hdit.data.dataset import load_images, make_loader
+from diffusers_hdit.data import load_images, make_loader
 
 
 FACES = Path(__file__).parents[1] / "src" / "diffusers_hdit" / "data" / "fluent_faces_64.png"
@@ -92,9 +92,9 @@ class Plain(torch.utils.data.Dataset):
         return {"image": pixels, "number": item.number, "index": item.index}
 
 
-def batches(dataset, order, batch_size, num_workers):
-    loader = make_loader(order, batch_size=batch_size, seed=0, num_workers=num_workers)
-    if dataset is not order:
+def batches(dataset, source, batch_size, num_workers):
+    loader = make_loader(source, batch_size=batch_size, seed=0, num_workers=num_workers)
+    if dataset is not source:
         workers = {"persistent_workers": True, "prefetch_factor": 4} if num_workers else {}
         loader = torch.utils.data.DataLoader(
             dataset, batch_sampler=loader.batch_sampler, num_workers=num_workers, **workers

@@ -78,6 +78,12 @@ def make_model():
     return lambda **overrides: randomize(HDiTModel(**{**SMALL, **overrides})).eval()
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Let the test keep nothing outside its folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+
 FEATURE_NETWORK = """
 import torch
 def make():

@@ -1,5 +1,6 @@
 """What tests of the example scripts share: a run that takes seconds, and how to start it."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -36,7 +37,13 @@ NO_DROPOUT = {"model": {**CONFIG["model"], "dropout": 0.0}}
 
 
 class Images(list):
-    """Tensors, as `evaluation.real_images` reads them from a dataset."""
+    """Tensors, as `evaluator.real_images` reads them from a dataset."""
+
+    resolution, in_channels = (8, 8), 3
+
+    @property
+    def fingerprint(self):
+        return hashlib.sha256(b"".join(image.numpy().tobytes() for image in self)).hexdigest()
 
     def __getitem__(self, item):
         return {"image": super().__getitem__(item[0])}

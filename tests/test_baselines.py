@@ -466,5 +466,5 @@ def test_the_example_configs_compare(model_type):
 def test_wrong_flags(flags, config, message, tmp_path, capsys):
     with pytest.raises((SystemExit, ValueError)) as refusal:
         parse(tmp_path, *flags, **config)
-    error = " ".join(str(refusal.value) + capsys.readouterr().err.split())
+    error = " ".join((str(refusal.value) + capsys.readouterr().err).split())
     assert re.search(message, error), error

@@ -1,4 +1,4 @@
-"""Evaluating on several processes, on conditions, with pictures, and in the middle of a training."""
+"""Evaluating on several processes, on conditions, with grids, and during training."""
 
 import copy
 import json
@@ -14,13 +14,12 @@ from accelerate import PartialState
 from conftest import SMALL, randomize
 from diffusers import EDMDPMSolverMultistepScheduler
 from PIL import Image
-from running import EXAMPLES, SHEET, TRAIN, equal, launch, load_example, run, start, weights, write_config
+from running import EXAMPLES, SHEET, TRAIN, equal, launch, run, start, weights, write_config
 from torch import nn
 
 from diffusers_hdit import HDiTModel, HDiTPipeline
-from diffusers_hdit.data.dataset import load_images
-from diffusers_hdit.evaluation import evaluator as evaluation
-from diffusers_hdit.evaluation import metrics
+from diffusers_hdit.data import load_images
+from diffusers_hdit.evaluation import evaluate, evaluator, image_grid, metrics
 
 
 EVALUATE = EXAMPLES / "evaluate_hdit.py"
@@ -33,11 +32,6 @@ class Pixels(nn.Module):
 
 def make_pixels():
     return Pixels()
-
-
-@pytest.fixture(scope="module")
-def script():
-    return load_example("evaluate_hdit")
 
 
 @pytest.fixture
@@ -98,7 +92,7 @@ def test_two_processes_find_what_one_finds(pipeline, tmp_path, with_tests_on_pat
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is drawn
+# What images are generated from
 
 
 @pytest.fixture(scope="module")
@@ -117,26 +111,26 @@ def measured_folder(tmp_path_factory):
 STATISTICS = {"names": ["warmth", "wind[0]", "wind[1]"], "mean": [1.0, 0.0, 2.0], "std": [2.0, 1.0, 4.0]}
 
 
-def test_conditions_are_the_real_images_in_the_models_units(script, measured_folder, tmp_path):
+def test_conditions_are_the_real_images_in_the_models_units(measured_folder, tmp_path):
     folder = make_pipeline(tmp_path / "pipeline", condition_columns=STATISTICS, mapping_cond_dim=4)
     pipe = HDiTPipeline.from_pretrained(folder)
     arguments = ["--pipeline", str(folder), "--train_data_dir", str(measured_folder), *NETWORK, "--num_images", "6"]
     columns = ["--condition_columns", "warmth", "wind"]
-    args = script.parse_args([*arguments, *columns])
-    real = script.open_real(args, pipe)
-    found = evaluation.conditions_for(pipe.transformer.config, real, 6, pipe.id2label, pipe.config.condition_columns)
+    args = evaluate.parse_args([*arguments, *columns])
+    real = evaluator.open_real_images(args, pipe)
+    found = evaluator.conditions_for(pipe.transformer.config, real, 6, pipe.id2label, pipe.config.condition_columns)
     numbers = torch.tensor([0.0, 2, 4, 6, 8, 10])
     expected = pipe.encode_columns({"warmth": numbers, "wind": torch.stack([numbers % 3, -numbers], dim=1)})
     torch.testing.assert_close(found["mapping_cond"], expected)
     output = tmp_path / "results.json"
-    script.main(
+    evaluate.main(
         [*arguments, *columns, "--num_inference_steps", "2", "--cache_dir", str(tmp_path), "--output", str(output)]
     )
     assert json.loads(output.read_text())[0]["conditions"] == ["mapping_cond"]
-    with pytest.raises(ValueError, match="trained on the conditions .*'warmth', 'wind.*none were given"):
-        script.main(arguments)
-    with pytest.raises(ValueError, match="condition_statistics must have an entry"):
-        script.main([*arguments, "--condition_columns", "warmth"])
+    with pytest.raises(SystemExit, match="error: .* trained on the conditions .*'warmth', 'wind.*none were given"):
+        evaluate.main(arguments)
+    with pytest.raises(SystemExit, match="condition_statistics must have an entry"):
+        evaluate.main([*arguments, "--condition_columns", "warmth"])
 
 
 def test_what_can_not_be_compared(measured_folder, faces):
@@ -168,13 +162,13 @@ def test_what_can_not_be_compared(measured_folder, faces):
         (model(conditioning_channels=4), plain, {}, None, "upscales"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluation.conditions_for(config, real, 4, id2label, columns)
+            evaluator.conditions_for(config, real, 4, id2label, columns)
     with pytest.raises(ValueError, match="8-bit"):
-        evaluation.check_real(changed(plain, in_channels=2))
+        evaluator.check_real_images(changed(plain, in_channels=2))
     with pytest.raises(ValueError, match="buckets"):
-        evaluation.check_real(changed(plain, sizes=[(16, 16), (8, 32)]))
+        evaluator.check_real_images(changed(plain, sizes=[(16, 16), (8, 32)]))
     with pytest.raises(ValueError, match="at least 4"):
-        evaluation.check_real(changed(plain, kept=plain.kept[:2]))
+        evaluator.check_real_images(changed(plain, kept=plain.kept[:2]))
 
 
 def changed(real, **changes):
@@ -187,17 +181,17 @@ def changed(real, **changes):
 def test_classes_in_turn_or_in_proportion(faces):
     config = HDiTModel(**{**SMALL, "num_classes": 13}).config
     unlabelled = load_images(train_data_dir=SHEET, resolution=16)
-    in_turn = evaluation.conditions_for(config, unlabelled, 40, {}, None)["class_labels"]
+    in_turn = evaluator.conditions_for(config, unlabelled, 40, {}, None)["class_labels"]
     assert in_turn.tolist() == [i % 13 for i in range(40)]
-    labels = evaluation.conditions_for(config, faces, 40, faces.id2label, None)["class_labels"]
+    labels = evaluator.conditions_for(config, faces, 40, faces.id2label, None)["class_labels"]
     counts, real = np.bincount(labels, minlength=13) / 40, np.bincount(faces.labels, minlength=13) / 124
     assert abs(counts - real).max() < 0.06
-    nothing = evaluation.conditions_for(config, None, 40, faces.id2label, None)
+    nothing = evaluator.conditions_for(config, None, 40, faces.id2label, None)
     assert nothing["class_labels"].tolist() == in_turn.tolist()
 
 
 class Elsewhere:
-    """Images that say where they are brought to: there is no second device here."""
+    """Images that say where they are moved to: there is no second device here."""
 
     def __init__(self):
         self.seen = []
@@ -207,52 +201,55 @@ class Elsewhere:
         return torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
 
 
-def test_drawn_images_are_brought_to_the_networks_device():
+def test_generated_images_are_moved_to_the_networks_device():
     images = Elsewhere()
-    drawing = SimpleNamespace(images=lambda numbers: images, num_images=2, batch_size=2)
-    features, kept = evaluation.features_of(drawing, metrics.FeatureExtractor(Pixels(), "pixels"), keep_images=True)
+    generator = SimpleNamespace(generate=lambda indices: images, num_images=2, batch_size=2)
+    features, kept = evaluator.generated_features(
+        generator, metrics.FeatureExtractor(Pixels(), "pixels"), keep_images=True
+    )
     assert images.seen == [PartialState().device] and features.shape == (2, 48) and kept.shape == (2, 3, 8, 8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The picture
+# The grid of neighbors
 
 
-def test_neighbors_picture(faces):
-    real = evaluation.real_images(faces, range(0, 40))
-    drawn = torch.cat([real[3:4], 255 - real[5:7]])
+def test_neighbors_grid(faces):
+    real = evaluator.real_images(faces, range(0, 40))
+    generated = torch.cat([real[3:4], 255 - real[5:7]])
     extractor = metrics.FeatureExtractor(Pixels(), "pixels")
-    index, distances = metrics.nearest_neighbors(extractor(drawn), extractor(real), 3)
-    assert index[0, 0] == 3 and evaluation.most_like_copies(distances, 2)[0] == 0
-    picture = evaluation.neighbors_picture(["image 0", "image 1", "image 2"], drawn, real[index], distances)
+    index, distances = metrics.nearest_neighbors(extractor(generated), extractor(real), 3)
+    assert index[0, 0] == 3 and image_grid.most_like_copies(distances, 2)[0] == 0
+    picture = image_grid.neighbors_grid(["image 0", "image 1", "image 2"], generated, real[index], distances)
     pixels = np.asarray(picture).astype(int)
     red = (pixels == [255, 0, 0]).all(2)
     first_row, others = red[: pixels.shape[0] // 3], red[pixels.shape[0] // 2 :]
     assert first_row.any() and not others.any(), "the copy is framed, the others are not"
     # The copy and what it is a copy of stand side by side.
-    top, left = evaluation.CAPTION + evaluation.MARGIN, evaluation.ROW_NAME
-    across = 96 + evaluation.MARGIN
-    one, other = (pixels[top + 4 : top + 92, left + shift + 4 : left + shift + 90] for shift in (0, across))
+    top, left = (int(places.min()) for places in np.nonzero(red))
+    one, other = (
+        pixels[top + 6 : top + 94, left + shift + 6 : left + shift + 92] for shift in (0, 96 + image_grid.MARGIN)
+    )
     assert np.array_equal(one, other) and one.std() > 0
-    assert evaluation.as_picture(torch.zeros(4, 2, 2, dtype=torch.uint8)).getpixel((0, 0)) == (255, 255, 255)
-    assert evaluation.as_picture(torch.full((1, 2, 2), 7, dtype=torch.uint8)).getpixel((0, 0)) == (7, 7, 7)
+    assert image_grid.to_pil(torch.zeros(4, 2, 2, dtype=torch.uint8)).getpixel((0, 0)) == (255, 255, 255)
+    assert image_grid.to_pil(torch.full((1, 2, 2), 7, dtype=torch.uint8)).getpixel((0, 0)) == (7, 7, 7)
 
 
-def test_the_script_draws_the_picture(script, pipeline, tmp_path):
+def test_the_script_writes_the_grid_of_neighbors(pipeline, tmp_path):
     path = tmp_path / "neighbors.png"
-    script.main([
+    evaluate.main([
         "--pipeline", str(pipeline), "--train_data_dir", str(SHEET), *NETWORK, "--num_images", "6", "--num_inference_steps",
         "2", "--cache_dir", str(tmp_path), "--neighbors_picture", str(path), "--neighbors", "3", "--neighbors_rows", "2",
     ])  # fmt: skip
     with Image.open(path) as picture:
-        assert picture.size == (96 + 4 * 102 + 6, 24 + 2 * 120)
+        assert picture.height == 24 + 2 * 118 and 4 * 100 < picture.width < 4 * 100 + 96
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # In training
 
 
-ON_THE_WAY = {
+IN_TRAINING = {
     "metrics_every": 4, "metrics_images": 6, "metrics_steps": 2, "feature_network": "test_evaluation:make_pixels",
     "checkpointing_steps": 3, "max_train_steps": 9, "validation_steps": 100,
 }  # fmt: skip
@@ -266,7 +263,7 @@ def measured(folder):
 @pytest.mark.slow
 def test_metrics_in_training_disturb_nothing_and_are_resumed(tmp_path, with_tests_on_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    config = write_config(tmp_path, **ON_THE_WAY)
+    config = write_config(tmp_path, **IN_TRAINING)
     run(TRAIN, "--config", config, "--output_dir", tmp_path / "run")
     without = write_config(tmp_path / "without", max_train_steps=9, validation_steps=100)
     run(TRAIN, "--config", without, "--output_dir", tmp_path / "plain")
@@ -307,7 +304,7 @@ def test_metrics_in_training_disturb_nothing_and_are_resumed(tmp_path, with_test
 def test_metrics_in_training_on_two_processes(kind, tmp_path, with_tests_on_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = {**SMALL, "sample_size": 16, "widths": [32, 32], "depths": [1, 1]}
-    config = write_config(tmp_path, **{**ON_THE_WAY, "max_train_steps": 4, "metrics_images": 5}, model=model)
+    config = write_config(tmp_path, **{**IN_TRAINING, "max_train_steps": 4, "metrics_images": 5}, model=model)
     run(TRAIN, "--config", config, "--output_dir", tmp_path / "one")
     launch(kind, "--config", config, "--output_dir", tmp_path / "two", "--train_batch_size", 4)
     (one,), (two,) = measured(tmp_path / "one"), measured(tmp_path / "two")
@@ -317,16 +314,16 @@ def test_metrics_in_training_on_two_processes(kind, tmp_path, with_tests_on_path
 
 
 def test_what_training_refuses_beforehand(tmp_path, faces, with_tests_on_path):
-    config = write_config(tmp_path, **{**ON_THE_WAY, "metrics": ["fid"]})
+    config = write_config(tmp_path, **{**IN_TRAINING, "metrics": ["fid"]})
     process = start(TRAIN, "--config", config, "--output_dir", tmp_path / "run")
     output, _ = process.communicate()
     assert process.returncode != 0 and not (tmp_path / "run").exists()
     assert "error: fid is a metric of the feature network inception-v3" in output and "Traceback" not in output
     args = SimpleNamespace(metrics_every=5, metrics=None, feature_network="clip", feature_weights=str(tmp_path / "no"))
     with pytest.raises((OSError, ImportError), match="--feature_weights DIR|pip install"):
-        evaluation.metrics_on_the_way(args, faces)
+        evaluator.InTrainingEvaluator.from_args(args, faces)
     args.metrics_every = None
-    assert evaluation.metrics_on_the_way(args, faces) is None
+    assert evaluator.InTrainingEvaluator.from_args(args, faces) is None
 
 
 def test_flags_of_training(capsys):

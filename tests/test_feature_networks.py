@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_hdit.evaluation import feature_extractors as feature_networks
-from diffusers_hdit.evaluation import metrics
+from diffusers_hdit.evaluation import feature_extractors, metrics
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def inception_file(tmp_path_factory):
     """A file of the right state dict, with random values."""
     if not importlib.util.find_spec("torch_fidelity"):
         pytest.skip("torch-fidelity is not installed (pip install --no-deps torch-fidelity)")
-    make = feature_networks.torch_fidelity_inception()
+    make = feature_extractors.torch_fidelity_inception()
     path = tmp_path_factory.mktemp("inception") / "inception.pth"
     with pytest.MonkeyPatch.context() as patch:  # it can't be made without weights: make it with none loaded
         patch.setitem(make.__init__.__globals__, "load_state_dict_from_url", lambda url, progress: {})
@@ -40,7 +39,7 @@ def inception(inception_file):
 
 
 def test_inception_by_path(inception, inception_file, images):
-    make = feature_networks.torch_fidelity_inception()
+    make = feature_extractors.torch_fidelity_inception()
     theirs = make("theirs", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(inception_file)).eval()
     with torch.no_grad():
         pooled, logits = theirs(images)
@@ -90,12 +89,12 @@ def test_inception_without_a_way_to_fetch_it(inception_file, tmp_path, monkeypat
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(OSError, match="could not be fetched .*--feature_weights FILE"):
+    with pytest.raises(OSError, match="could not be downloaded .*--feature_weights FILE"):
         metrics.load_extractor("inception-v3")
 
 
 def test_inception_without_its_package(monkeypatch):
-    monkeypatch.setattr(feature_networks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(feature_extractors.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="--no-deps torch-fidelity"):
         metrics.load_extractor("inception-v3")
 

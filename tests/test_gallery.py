@@ -4,7 +4,6 @@ import ast
 import functools
 import importlib.util
 import re
-import sys
 
 import pytest
 import torch
@@ -23,8 +22,7 @@ def gallery(monkeypatch):
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop("sample_hdit", None)
+    return module
 
 
 def test_pictures_and_tables(gallery, make_model, tmp_path, monkeypatch):

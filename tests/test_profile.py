@@ -61,5 +61,10 @@ def test_command_line():
     assert "85.1M" in done.stdout and "206.1" in done.stdout and "28.7%" in done.stdout
     assert done.returncode == 0 and not done.stderr
     # Four times the pixels, four times the work of a local level.
+    done = run("--preset", "tiny")
+    assert "123.9M" in done.stdout and "139.3k" in done.stdout and " 0.0" not in done.stdout.replace(" 0.0%", "")
+    assert "one image: 4.4 MiB" in done.stdout
+    done = run("--preset", "tiny", "--resolutoin", "32")
+    assert done.returncode == 2 and done.stderr == "error: unknown flag --resolutoin; did you mean --resolution?\n"
     done = run("--preset", "tiny", "--resolution", "30")
     assert done.returncode == 1 and "must be a multiple of" in done.stderr

@@ -202,8 +202,8 @@ def test_held_out_errors_are_those_of_the_loss(make_model):
     # In float64, from the definition: F against its target.
     sigma = torch.tensor(found["sigma"][1], dtype=torch.float64)
     x = torch.stack(list(images)).double() / 127.5 - 1
-    from diffusers_hdit.data.dataset import mixed_seed
     from diffusers_hdit.training.objective import sample_noise
+    from diffusers_hdit.utils.seeding import mixed_seed
 
     noise = sample_noise(x.shape, mixed_seed("held-out", 0, 1), range(5), x.device).double()
     noised = x + sigma * noise

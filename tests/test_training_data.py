@@ -15,9 +15,9 @@ from diffusers_hdit import HDiTPipeline
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     """A folder of 24 images of two shapes, with temperatures, winds of two numbers, and classes."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     rows = []
     for i in range(24):
@@ -47,9 +47,9 @@ def train_and_resume(tmp_path, *arguments, **config):
     return whole
 
 
-def test_numbers_vectors_and_classes_as_conditions(pictures, tmp_path):
+def test_numbers_vectors_and_classes_as_conditions(images, tmp_path):
     folder = train_and_resume(
-        tmp_path, train_data_dir=str(pictures), label_column="kind", condition_columns=["temperature", "wind"]
+        tmp_path, train_data_dir=str(images), label_column="kind", condition_columns=["temperature", "wind"]
     )
     pipe = HDiTPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -74,23 +74,23 @@ def test_numbers_vectors_and_classes_as_conditions(pictures, tmp_path):
         draw("a", {"temperature": 30.0})
 
 
-def test_buckets(pictures, tmp_path):
-    folder = train_and_resume(tmp_path, "--dataloader_num_workers", 1, train_data_dir=str(pictures), buckets=True)
+def test_buckets(images, tmp_path):
+    folder = train_and_resume(tmp_path, "--dataloader_num_workers", 1, train_data_dir=str(images), buckets=True)
     assert "buckets of" in json.loads((folder / "checkpoint-3" / "progress.json").read_text())["settings"]["order"]
     HDiTPipeline.from_pretrained(folder)
 
 
-def test_super_resolution_in_buckets(pictures, tmp_path):
+def test_super_resolution_in_buckets(images, tmp_path):
     """Pictures on the way are of images of one size."""
-    settings = {"train_data_dir": str(pictures), "label_column": None, "dataset_name": None, "max_train_steps": 2}
+    settings = {"train_data_dir": str(images), "label_column": None, "dataset_name": None, "max_train_steps": 2}
     config = write_config(tmp_path, **settings, cache_dir=str(tmp_path / "cache"))
     run(TRAIN, "--config", config, "--output_dir", tmp_path / "run", "--buckets", "--task", "upscale",
         "--upscale_factor", 2)  # fmt: skip
     assert (tmp_path / "run" / "samples" / "final.png").exists()
 
 
-def test_a_stream(pictures, tmp_path):
-    rows = {"image": [str(pictures / f"{i:02d}.png") for i in range(24)], "t": [float(i) for i in range(24)]}
+def test_a_stream(images, tmp_path):
+    rows = {"image": [str(images / f"{i:02d}.png") for i in range(24)], "t": [float(i) for i in range(24)]}
     dataset = Dataset.from_dict(rows, features=Features({"image": Image(), "t": Value("float32")}))
     for shard in range(2):
         (tmp_path / "rows").mkdir(exist_ok=True)

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from study_report import check_matplotlib
 
 from diffusers_hdit import HDiTModel, HDiTPipeline
-from diffusers_hdit.data.dataset import load_images
+from diffusers_hdit.data import load_images
 from diffusers_hdit.evaluation import evaluator as evaluation
 from diffusers_hdit.evaluation import metrics
 from diffusers_hdit.utils.files import write_atomically

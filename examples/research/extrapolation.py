@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from diffusers_hdit.data.dataset import make_loader
+from diffusers_hdit.data import make_loader
 from diffusers_hdit.models.ablations import PatchInWithPositions
 from diffusers_hdit.models.modeling_hdit import HDiTModel
 from diffusers_hdit.training.config import parse_args

@@ -15,7 +15,6 @@ import torch
 from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
 from PIL import Image
-from sample_hdit import draw_grid
 from torch import Tensor
 
 from diffusers_hdit import (
@@ -28,7 +27,8 @@ from diffusers_hdit import (
     probability_flow,
     upscaling,
 )
-from diffusers_hdit.data.dataset import load_images
+from diffusers_hdit.data import load_images
+from diffusers_hdit.evaluation.image_grid import image_grid
 
 
 FACES = Path(__file__).parents[1] / "data" / "fluent_faces_64.png"
@@ -100,7 +100,7 @@ def draw_samplers(pipe: HDiTPipeline) -> Image.Image:
         for steps in STEPS:
             row += pipe(labels(pipe, faces), num_inference_steps=steps, generator=generators(faces)).images
         lines.append((name, row))
-    return draw_grid(lines, CELL, [f"{STEPS[i // faces]} steps" if i % faces == 0 else "" for i in range(3 * faces)])
+    return image_grid(lines, CELL, [f"{STEPS[i // faces]} steps" if i % faces == 0 else "" for i in range(3 * faces)])
 
 
 def draw_guidance(pipe: HDiTPipeline) -> Image.Image:
@@ -120,7 +120,7 @@ def draw_guidance(pipe: HDiTPipeline) -> Image.Image:
     lines = []
     for name, arguments in settings.items():
         lines.append((name, pipe(labels(pipe, 9), generator=generators(9), **arguments).images))
-    return draw_grid(lines, CELL)
+    return image_grid(lines, CELL)
 
 
 def draw_img2img(pipe: HDiTPipeline) -> Image.Image:
@@ -129,7 +129,7 @@ def draw_img2img(pipe: HDiTPipeline) -> Image.Image:
     images = real_images(pipe, 5)
     drawn = [pipe(images, strength=s, generator=generators(5)).images for s in strengths]
     lines = [("", [image, *(column[i] for column in drawn)]) for i, image in enumerate(to_pil(images))]
-    return draw_grid(lines, CELL, ["image", *map(str, strengths)])
+    return image_grid(lines, CELL, ["image", *map(str, strengths)])
 
 
 def draw_inpainting(pipe: HDiTPipeline) -> Image.Image:
@@ -149,7 +149,7 @@ def draw_inpainting(pipe: HDiTPipeline) -> Image.Image:
             pipe(images, masks, jump_length=10, jump_n_sample=samples, generator=generators(5, seed)).images
         )
     lines = [("", [column[i] for column in columns]) for i in range(5)]
-    return draw_grid(lines, CELL, ["image", "known", "1 run", "", "10 runs", ""])
+    return image_grid(lines, CELL, ["image", "known", "1 run", "", "10 runs", ""])
 
 
 def draw_upscaling(pipe: HDiTUpscalePipeline) -> Image.Image:
@@ -165,7 +165,7 @@ def draw_upscaling(pipe: HDiTUpscalePipeline) -> Image.Image:
         to_pil(images),
     ]
     lines = [("", [column[i] for column in columns]) for i in range(6)]
-    return draw_grid(lines, CELL, ["small", "bicubic", "drawn", "again", "again", "noise 0.3", "real"])
+    return image_grid(lines, CELL, ["small", "bicubic", "drawn", "again", "again", "noise 0.3", "real"])
 
 
 def draw_interpolation(pipe: HDiTPipeline) -> Image.Image:
@@ -179,7 +179,7 @@ def draw_interpolation(pipe: HDiTPipeline) -> Image.Image:
         label = labels(pipe, 4)
         label = None if label is None else [label[row]] * 9
         lines.append(("", pipe(label, latents=noises, num_inference_steps=25).images))
-    return draw_grid(lines, CELL)
+    return image_grid(lines, CELL)
 
 
 def draw_sizes(pipe: HDiTPipeline) -> Image.Image:

@@ -22,7 +22,7 @@ import torch
 from study import Study, check_features, read_study
 from study_runs import Run, carry_out, reference_features
 
-from diffusers_hdit.data.dataset import load_images
+from diffusers_hdit.data import load_images
 from diffusers_hdit.utils.files import write_atomically
 
 

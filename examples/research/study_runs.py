@@ -25,13 +25,14 @@ from study import SIGMA_DATA, Row, parts_of
 from torch import Tensor, nn
 
 from diffusers_hdit import diffusion
-from diffusers_hdit.data.dataset import load_images, mixed_seed, to_float
+from diffusers_hdit.data import load_images, to_float
 from diffusers_hdit.evaluation import evaluator as evaluation
 from diffusers_hdit.evaluation import metrics
 from diffusers_hdit.pipelines.pipeline_hdit import HDiTPipeline
 from diffusers_hdit.training.monitoring import read_lines
 from diffusers_hdit.training.objective import sample_noise
 from diffusers_hdit.utils.files import write_atomically
+from diffusers_hdit.utils.seeding import mixed_seed
 
 
 BATCH = 64

@@ -1,4 +1,4 @@
-"""Sizes for images of mixed shapes: about one number of pixels, several aspect ratios."""
+"""Aspect-ratio buckets: sizes of about the same number of pixels for images of mixed shapes."""
 
 import math
 from collections import Counter
@@ -10,13 +10,16 @@ import numpy as np
 @dataclass(frozen=True)
 class Buckets:
     """
-    Which sizes images may be brought to.
+    Describe the sizes that images may be resized to.
 
     Args:
-        divisor: pixels that height and width must be multiples of; an int or (height, width).
-        min_side: the least pixels of height and of width; an int or (height, width).
+        divisor: height and width, in pixels, are multiples of it; an int or (height, width).
+        min_side: the smallest height and width in pixels; an int or (height, width).
         max_aspect: the largest ratio of the longer to the shorter side.
-        min_images: a size that fewer images fit best is given up, and these go to the next best.
+        min_images: a size that suits fewer images is dropped, and these get the next best.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
     divisor: int | tuple[int, int]
@@ -38,10 +41,10 @@ class Buckets:
 
     def sizes(self, resolution: tuple[int, int]) -> list[tuple[int, int]]:
         """
-        All (height, width) whose pixels differ from those of `resolution` by an eighth at most.
+        Return all (height, width) whose number of pixels is within an eighth of that of `resolution`.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: there is none.
         """
         pixels = math.prod(resolution)
         found = set()
@@ -64,13 +67,15 @@ class Buckets:
 
 def assign(sizes: np.ndarray, candidates: list[tuple[int, int]], min_images: int = 1):
     """
-    The candidate that each image fits best, in the ratio of its sides.
+    Assign each image the candidate size whose aspect ratio is nearest to its own.
 
     Args:
-        sizes: (N, 2), height and width of the images.
+        sizes: (N, 2), height and width of the images in pixels.
+        candidates: (height, width) of each bucket.
+        min_images: drop candidates that fewer images get.
 
     Returns:
-        The candidates in use, in their order, and (N,) int64: which of them an image has.
+        The candidates in use, in their order, and (N,) int64: the number of each image's bucket among them.
     """
     aspects = np.log(sizes[:, 0] / sizes[:, 1])
     kept = list(range(len(candidates)))

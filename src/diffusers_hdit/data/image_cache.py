@@ -7,21 +7,21 @@ from collections.abc import Callable
 import numpy as np
 
 
-# Of the memory that is free: what "auto" takes at most, and what may be taken at all. Several processes on a machine
-# keep a cache each, and share these.
+# Shares of the free memory: what "auto" takes at most, and the limit for True. Several processes on a machine keep a
+# cache each, and divide these.
 AUTO_SHARE, LARGEST_SHARE = 0.25, 0.8
 
 
 class ImageCache:
     """
-    Arrays of known shapes, each kept from the first time it is put.
+    Keep arrays of known shapes in memory that forked processes share.
 
-    Memory is taken as arrays come, and given back with the object. Workers that are not forked don't share it: a copy
-    that was pickled is empty and keeps nothing.
+    Memory is taken as arrays are put, and freed with the object. Workers that are spawned don't share it: a pickled
+    copy is empty and keeps nothing.
 
     Args:
-        shapes: (N, 3) int64, the shapes (C, H, W); no elements: that one is not kept.
-        dtype: of all.
+        shapes: (N, 3) int64, the shape (C, H, W) of each array; one without elements is not kept.
+        dtype: of all arrays.
     """
 
     def __init__(self, shapes: np.ndarray, dtype: str):
@@ -37,11 +37,11 @@ class ImageCache:
         return int(self.offsets[-1])
 
     def holds(self, i: int) -> bool:
-        """Whether there is room for image i."""
+        """Return whether there is room for image i."""
         return self.buffer is not None and self.offsets[i + 1] > self.offsets[i]
 
     def get(self, i: int) -> np.ndarray | None:
-        """A read-only view."""
+        """Return image i, a read-only view (C, H, W), or None if it was not put yet."""
         if not self.filled[i]:
             return None
         array = self._view(i)
@@ -61,21 +61,17 @@ class ImageCache:
         return {**self.__dict__, "buffer": None, "filled": None}
 
 
-def check_wanted(wanted: bool | str) -> None:
-    if wanted not in (True, False, "auto"):
-        raise ValueError(f"cache_images must be True, False or 'auto'; got {wanted!r}.")
-
-
 def make_cache(make_shapes: Callable[[], np.ndarray], dtype: str, wanted: bool | str) -> ImageCache | None:
     """
+    Return a cache, or None if none is wanted or it would take too much memory.
+
     Args:
-        make_shapes: returns the shapes, see [`ImageCache`]; called only if they are asked for.
-        wanted: True, False, or "auto": if it takes at most a quarter of the memory that is free.
+        make_shapes: returns the shapes, see [`ImageCache`]; called only if they are needed.
+        wanted: True, False, or "auto": if it takes at most a quarter of the free memory.
 
     Raises:
-        ValueError: for another value, or if True and it would not fit.
+        ValueError: it is True, and the images don't fit.
     """
-    check_wanted(wanted)
     if wanted is False:
         return None
     shapes = make_shapes()
@@ -83,21 +79,20 @@ def make_cache(make_shapes: Callable[[], np.ndarray], dtype: str, wanted: bool |
     room = available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     if wanted is True and need > LARGEST_SHARE * room:
         raise ValueError(
-            f"cache_images: the decoded images take {need / 2**30:.1f} GiB, but {LARGEST_SHARE:.0%} of the memory that "
-            f"is free for this process are {LARGEST_SHARE * room / 2**30:.1f} GiB. Leave it at 'auto', or lower the "
-            "resolution."
+            f"cache_images: the decoded images take {need / 2**30:.1f} GiB, but {LARGEST_SHARE:.0%} of the free memory "
+            f"of this process is {LARGEST_SHARE * room / 2**30:.1f} GiB. Leave it at 'auto', or lower the resolution."
         )
-    return ImageCache(shapes, dtype) if wanted is True or (wanted == "auto" and need <= AUTO_SHARE * room) else None
+    return ImageCache(shapes, dtype) if wanted is True or need <= AUTO_SHARE * room else None
 
 
 def available_memory() -> int:
-    """Bytes that can be taken without swapping, of the machine and of the container."""
+    """Return how many bytes can be taken without swapping, in this machine and in this container."""
     found = []
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             lines = dict(line.split(":") for line in file)
         found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-        # Of a control group, version 2 or 1; what it has cached of files can be given up, and is counted as free.
+        # A control group, version 2 or 1. Its cache of files can be dropped, and is counted as free.
         for limit, usage, stat, key in (
             ("memory.max", "memory.current", "memory.stat", "inactive_file"),
             ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),

@@ -1,33 +1,34 @@
-"""Which image has which number in a run, and which process sees it when.
+"""Batch samplers whose order can be resumed exactly and does not depend on how a step is divided among processes.
 
 The images of a run, over all processes and epochs, are numbered 0, 1, 2, ... Which image of the data set has a number,
-and what is drawn for it, are functions of (seed, number). An optimizer step takes the next G = batch_size * world_size
-* micro_steps numbers, f to f + G - 1, and the j-th image of micro-step m on process r has the number
+and the random numbers used for it, are functions of (seed, number). An optimizer step takes the next
+G = batch_size * world_size * micro_steps numbers, f to f + G - 1, and the j-th image of micro-step m on process r has
+the number
 
     f + j * world_size * micro_steps + m * world_size + r,
 
-the way `diffusion.stratified_uniform` deals out noise levels. So neither the images of a step nor what is drawn for
-them depend on how many processes and micro-steps share it.
+the way `diffusion.stratified_uniform` deals out noise levels.
 """
 
 import functools
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from ..utils.seeding import mixed_seed, permutation
+
 
 class Item(NamedTuple):
     """
-    What a data set is asked for.
+    What a batch sampler asks a data set for.
 
     Args:
-        index: of the image in the data set.
-        crop: (y, x) from 0 (top, left) to 1.
-        number: of the image in the run.
-        row: the image itself, where it comes from a stream.
+        index: which image of the data set.
+        crop: place of the crop, (y, x) from 0 (top, left) to 1.
+        number: the image's number in the run.
+        row: the encoded image itself, where it comes from a stream.
     """
 
     index: int
@@ -36,29 +37,30 @@ class Item(NamedTuple):
     row: Any = None
 
 
-def mixed_seed(*parts) -> int:
-    """64 well-mixed bits; unlike `hash()`, the same in every process."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
-
-
-def drawn_crop(seed: int, number: int) -> tuple[float, float]:
-    """(y, x) in [0, 1) of the image with this number."""
+def random_crop(seed: int, number: int) -> tuple[float, float]:
+    """Return the place (y, x), in [0, 1), of the random crop of the image with this number."""
     bits = mixed_seed("crop", seed, number)
     return (bits >> 32) / 2**32, bits % 2**32 / 2**32
 
 
-class NumberedBatches(torch.utils.data.Sampler):
+class ResumableBatchSampler(torch.utils.data.Sampler):
     """
-    Endless lists of `Item`, one for each micro-step: the `batch_sampler` of a DataLoader.
+    Yield endless lists of [`Item`], one list for each micro-step: the `batch_sampler` of a DataLoader.
 
     Args:
-        batch_size: images a micro-step in this process.
+        batch_size: images of a micro-step in this process.
+        seed: an int; equal seeds give equal orders.
+        rank, world_size: which process this is, and of how many.
+        micro_steps: gradient accumulation steps.
         start: images the run has seen already, over all processes; a resumed run continues from there.
-        crops: draw a place for the crop of each image from (seed, number).
+        crops: give each image a random place for its crop, a function of (seed, number).
 
     Attributes:
-        order: a string; runs whose orders are equal see the same images under the same numbers, so a run must be
-            resumed with the same.
+        fingerprint: a string. Samplers with equal fingerprints give the same images the same numbers, so that a run
+            must be resumed with an equal one.
+
+    Raises:
+        ValueError: a count or the rank is out of range.
     """
 
     def __init__(self, batch_size, seed, rank=0, world_size=1, micro_steps=1, start=0, crops=True):
@@ -72,22 +74,25 @@ class NumberedBatches(torch.utils.data.Sampler):
         self.global_batch = batch_size * world_size * micro_steps
 
     def __iter__(self) -> Iterator[list[Item]]:
-        stride, first = self.world_size * self.micro_steps, self.start + self.rank
+        first = self.start + self.rank
         while True:
-            for micro_step in range(self.micro_steps):
-                begin = first + micro_step * self.world_size
-                numbers = range(begin, begin + self.batch_size * stride, stride)
-                yield [self.item(number) for number in numbers]
+            yield from ([self.item(number) for number in numbers] for numbers in self._micro_batches(first))
             first += self.global_batch
 
+    def _micro_batches(self, first: int) -> list[range]:
+        """Return the numbers of this process's images in each micro-step of the step that begins with `first`."""
+        stride = self.world_size * self.micro_steps
+        begins = range(first, first + stride, self.world_size)
+        return [range(begin, begin + self.batch_size * stride, stride) for begin in begins]
+
     def item(self, number: int) -> Item:
-        crop = drawn_crop(self.seed, number) if self.crops else None
-        return Item(self.index_of(number), crop, number)
+        return Item(self.index_of(number), random_crop(self.seed, number) if self.crops else None, number)
 
     def index_of(self, number: int) -> int:
+        """Return which image of the data set has this number."""
         raise NotImplementedError
 
-    def _refuse_small(self, num_images: int) -> None:
+    def _require_images(self, num_images: int) -> None:
         if num_images < self.global_batch:
             steps = f" and {self.micro_steps} micro-steps" if self.micro_steps > 1 else ""
             raise ValueError(
@@ -96,27 +101,25 @@ class NumberedBatches(torch.utils.data.Sampler):
             )
 
 
-class ShuffledBatches(NumberedBatches):
+class ShuffledBatchSampler(ResumableBatchSampler):
     """
-    Image number n of the run is element n mod N of the permutation of epoch n div N, which is drawn from (seed, epoch).
+    Shuffle each epoch: image n of the run is element n mod N of a permutation that depends on (seed, n div N).
 
     Steps straddle epochs; no image is dropped or repeated within one. The order does not depend on the global batch.
 
     Args:
         num_images: N.
-        batch_size, seed, rank, world_size, micro_steps, start, crops: as in [`NumberedBatches`].
+        **options: of [`ResumableBatchSampler`].
 
     Raises:
         ValueError: fewer images than a step takes, or a count or rank out of range.
     """
 
-    def __init__(
-        self, num_images, batch_size, seed, rank=0, world_size=1, micro_steps=1, start=0, crops=True
-    ):  # fmt: skip
-        super().__init__(batch_size, seed, rank, world_size, micro_steps, start, crops)
-        self._refuse_small(num_images)
+    def __init__(self, num_images: int, *args, **options):
+        super().__init__(*args, **options)
+        self._require_images(num_images)
         self.num_images = num_images
-        self.order = f"shuffled, {num_images} images, seed {self.seed}"
+        self.fingerprint = f"shuffled, {num_images} images, seed {self.seed}"
         # Micro-steps of a step that straddles epochs go back and forth between two.
         self._permutation = functools.lru_cache(2)(functools.partial(permutation, num_images, "epoch", self.seed))
 
@@ -125,45 +128,40 @@ class ShuffledBatches(NumberedBatches):
         return int(self._permutation(epoch)[place])
 
 
-class BucketedBatches(NumberedBatches):
+class BucketBatchSampler(ResumableBatchSampler):
     """
-    All images of a global batch come from one bucket, so that they have one size, and all processes equal work.
+    Take all images of a global batch from one bucket, so that they have one size and all processes have equal work.
 
-    The images of a bucket with N_b of them form an endless sequence, permutation after permutation, each drawn from
-    (seed, bucket, pass); its batch i is elements i * G to (i + 1) * G - 1. In epoch e come those batches of a bucket
-    that end within its first (e + 1) * N_b elements and have not come before, so what does not fill a batch is carried
-    over into the next epoch, and no image is ever dropped. Which bucket is next within an epoch is drawn from
-    (seed, epoch). A bucket with fewer than G images repeats some within a batch, as rarely as its size demands;
-    `Buckets(min_images=G)` has none.
+    The images of a bucket with N_b of them form an endless sequence of permutations, each a function of (seed, bucket,
+    pass); its batch i is elements i * G to (i + 1) * G - 1. Epoch e has those batches of a bucket that end within its
+    first (e + 1) * N_b elements and were in no epoch before: what does not fill a batch is carried over into the next
+    epoch, and no image is ever dropped. The order of the buckets within an epoch is a function of (seed, epoch). A
+    bucket with fewer than G images repeats some within a batch, as rarely as its size demands; `Buckets(min_images=G)`
+    avoids such.
 
     Args:
         buckets: (N,), the number of each image's bucket, from 0.
-        batch_size, seed, rank, world_size, micro_steps, start, crops: as in [`NumberedBatches`].
+        **options: of [`ResumableBatchSampler`].
 
     Raises:
-        ValueError: as [`ShuffledBatches`], and if `start` is not a whole number of global batches, since the order
-            depends on the size of these.
+        ValueError: as [`ShuffledBatchSampler`], and if `start` is not a whole number of global batches, since the
+            order depends on their size.
     """
 
-    def __init__(
-        self, buckets: Sequence[int], batch_size, seed, rank=0, world_size=1, micro_steps=1, start=0, crops=True
-    ):
-        super().__init__(batch_size, seed, rank, world_size, micro_steps, start, crops)
+    def __init__(self, buckets: Sequence[int], *args, **options):
+        super().__init__(*args, **options)
         buckets = np.asarray(buckets)
-        self._refuse_small(len(buckets))
-        if start % self.global_batch:
+        self._require_images(len(buckets))
+        if self.start % self.global_batch:
             raise ValueError(
-                f"start={start} is no multiple of the global batch {self.global_batch}: with buckets, a run is "
+                f"start={self.start} is no multiple of the global batch {self.global_batch}: with buckets, a run is "
                 "resumed with the global batch that it began with."
             )
-        sizes = np.bincount(buckets)
-        self.members = [np.flatnonzero(buckets == b) for b in range(len(sizes))]
-        self.sizes = sizes
-        self.order = (
-            f"buckets of {', '.join(map(str, sizes.tolist()))} images, global batch {self.global_batch}, "
-            f"seed {self.seed}"
-        )
-        self._permutation = functools.lru_cache(2 * len(sizes))(self._make_permutation)
+        self.sizes = np.bincount(buckets)
+        self.members = [np.flatnonzero(buckets == b) for b in range(len(self.sizes))]
+        counts = ", ".join(map(str, self.sizes.tolist()))
+        self.fingerprint = f"buckets of {counts} images, global batch {self.global_batch}, seed {self.seed}"
+        self._permutation = functools.lru_cache(2 * len(self.sizes))(self._make_permutation)
         self._epoch = functools.lru_cache(2)(self._make_epoch)
 
     def index_of(self, number):
@@ -176,11 +174,11 @@ class BucketedBatches(NumberedBatches):
         return permutation(int(self.sizes[bucket]), "bucket", self.seed, (bucket, turn))
 
     def _batches_before(self, epoch: int) -> np.ndarray:
-        """Whole batches of each bucket before the epoch."""
+        """Return how many whole batches of each bucket come before the epoch."""
         return epoch * self.sizes.astype(np.int64) // self.global_batch
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(bucket, batch of the bucket) of each batch of the epoch, in order."""
+        """Return (bucket, batch of the bucket) of each batch of the epoch, in order."""
         before, after = self._batches_before(epoch), self._batches_before(epoch + 1)
         which = np.repeat(np.arange(len(before)), after - before)
         which = which[permutation(len(which), "epoch of buckets", self.seed, epoch)]
@@ -195,11 +193,5 @@ class BucketedBatches(NumberedBatches):
         while self._batches_before(epoch + 1).sum() <= step:
             epoch += 1
         which, batch = self._epoch(epoch)
-        at = step - int(self._batches_before(epoch).sum())
-        return int(which[at]), int(batch[at])
-
-
-def permutation(count: int, *parts) -> np.ndarray:
-    """A permutation of 0..count-1, a function of the parts."""
-    generator = torch.Generator().manual_seed(mixed_seed(*parts))
-    return torch.randperm(count, generator=generator).numpy()
+        place = step - int(self._batches_before(epoch).sum())
+        return int(which[place]), int(batch[place])

@@ -1,13 +1,13 @@
-"""Hugging Face datasets that are read as they come, in an order that can be resumed exactly.
+"""Stream Hugging Face datasets in a shuffled order that can be resumed exactly.
 
 What `datasets` does itself is not exact: the content of its shuffle buffer is lost on a resume, and its order depends on
 the numbers of processes and of workers. Here the shards (files, or row groups of a parquet file) are dealt out to L lanes,
 whatever the number of processes: shard v of the endless sequence of shuffled shards goes to lane v mod L. A lane reads
 its shards one after the other in blocks of equal size, and shuffles each block with (seed, lane, number of the block). The
 image with number n is element n div L of lane n mod L. So, where L is a multiple of the number of processes, each of them
-reads lanes of its own and no other, the order depends on seed, L and the size of the blocks only, and what a resumed run
-has to skip follows from the number of images seen. It skips whole shards without reading them where their lengths are
-known, which every process notes, in the cache folder, of shards that it has come to the end of.
+reads lanes of its own and no other, the order depends only on the seed, L and the size of the blocks, and what a resumed
+run has to skip follows from the number of images seen. It skips whole shards without reading them where their lengths are
+known: every process writes down, in the cache folder, the lengths of shards that it has read to the end.
 
 The process itself reads the files, in threads; DataLoader workers get encoded images and decode them.
 """
@@ -24,89 +24,99 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from . import annotations as columns
-from . import transforms as pixels
-from .sampler import Item, NumberedBatches, drawn_crop, permutation
-from .sources import check_columns, decode_value, is_array, is_saved_to_disk, require_datasets
-from .validation import manifest_path, write_json
+from ..utils.seeding import permutation
+from .annotations import check_statistics, normalise, read_conditions
+from .folder_layout import listed
+from .sampler import Item, ResumableBatchSampler, random_crop
+from .sources import check_columns, decode_value, is_array, is_saved_to_disk, load_split, require_datasets
+from .transforms import Decoded, dtype_for, locate_channels, prepare, to_channels
+from .validation import manifest_path, write_manifest
 
 
 # Each divides by many numbers of processes: the most that the shards suffice for is taken.
 LANES = (48, 24, 12, 8, 6, 4, 3, 2, 1)
-# Which image of which shard, in one number.
+# An image's index is its shard times this plus its row in the shard.
 INDICES_OF_A_SHARD = 2**40
-MAX_UNREADABLE, MEANINGFUL = 0.01, 200
+# A share of unreadable images means something once so many were read.
+MIN_IMAGES_FOR_SHARE = 200
 READING_THREADS = 8
 
 
 class StreamedImages(torch.utils.data.Dataset):
-    """Images of a stream; `load_images(streaming=True)` builds it. It has no length and no order but that of `batches`.
+    """
+    Images of a stream; `load_images(streaming=True)` builds it. It has no length, and no order but its sampler's.
 
-    An image that can't be read is replaced by its neighbour in the micro-batch, with a warning; if more than 1 % can't
-    be, an error ends the run. Only here does an image depend on how a step is divided.
+    An image that can't be read is replaced by its neighbour in the micro-batch, with a warning; if more than
+    `max_unreadable` can't be, an error ends the run. Only in this does an image depend on how a step is divided.
 
     Attributes:
         resolution, dtype, id2label, condition_columns: as of `ImageDataset`.
         identity: a string that is equal for equal names of columns, number of shards and first image.
+        fingerprint, class_counts: None, since they are not known before the last row.
         has_length: False.
-        num_shards: parts that can be read by themselves.
+        num_shards: files or row groups, which can be read independently.
     """
 
     has_length = False
+    fingerprint = class_counts = None
 
     def __init__(
-        self, rows, where, image_column, label_column, condition_columns, *, condition_statistics, num_classes,
-        resolution, in_channels, center_crop, shuffle_buffer, cache_dir,
+        self, rows, location, image_column, label_column, condition_columns, *, condition_statistics, num_classes,
+        resolution, in_channels, center_crop, shuffle_buffer, cache_dir, max_unreadable,
     ):  # fmt: skip
-        self.rows, self.where, self.image_column, self.label_column = rows, where, image_column, label_column
+        self.rows, self.location, self.image_column, self.label_column = rows, location, image_column, label_column
         self.resolution, self.in_channels, self.center_crop = resolution, in_channels, center_crop
         self.condition_names, self.shuffle_buffer, self.cache_dir = condition_columns, shuffle_buffer, cache_dir
-        self.num_shards = rows.num_shards
-        self.id2label = _stream_labels(rows.features, label_column, num_classes, where)
+        self.num_shards, self.max_unreadable = rows.num_shards, max_unreadable
+        self.id2label = _stream_classes(rows.features, label_column, num_classes, location)
         try:
             first = next(iter(rows))
         except StopIteration:
-            raise ValueError(f"no images in {where}.") from None
+            raise ValueError(f"no images in {location}.") from None
         self.condition_columns = None
         if condition_columns:
             found = {column: [first[column]] for column in condition_columns}
-            _, entries = columns.read_conditions(found, ["the first row"])
-            self.condition_columns = columns.check_statistics(condition_statistics, entries)
-        self.dtype = self._dtype_of(first)
-        self.row_of(first)
+            _, entries = read_conditions(found, ["the first row"], location)
+            self.condition_columns = check_statistics(condition_statistics, entries)
+        self.dtype = self._dtype_of_first(first)
+        self.check_row(first)
         described = (str(rows.features), self.num_shards, image_column, label_column, condition_columns)
         content = first[image_column]
         content = content["bytes"] or content["path"] if isinstance(content, dict) else content
         self.identity = hashlib.sha256(repr((described, content)).encode("utf-8", "surrogatepass")).hexdigest()
         self.read_images = self.unreadable = 0
 
-    def batches(self, batch_size, seed, rank=0, world_size=1, micro_steps=1, start=0) -> "StreamedBatches":
-        return StreamedBatches(self, batch_size, seed, rank, world_size, micro_steps, start, not self.center_crop)
+    def class_summary(self, limit: int = 20) -> str | None:
+        """Return a line with the names of the first classes, for the summary of a run."""
+        return self.id2label and f"{len(self.id2label)} classes: {listed(list(self.id2label.values()), limit)}"
 
-    def row_of(self, row: dict) -> tuple:
-        """(image as stored, class number or None, normalised condition or None), checked."""
-        label = None
+    def batch_sampler(self, *args, **options) -> "StreamBatchSampler":
+        """Return the sampler of a run on this stream; the arguments are those of [`ResumableBatchSampler`]."""
+        return StreamBatchSampler(self, *args, crops=not self.center_crop, **options)
+
+    def check_row(self, row: dict) -> tuple:
+        """Return (image as stored, class id or None, normalised condition or None) of a row."""
+        label = vector = None
         if self.label_column is not None:
             label = row[self.label_column]
             if not isinstance(label, int) or not 0 <= label < len(self.id2label):
                 raise ValueError(
-                    f"label_column={self.label_column!r} of {self.where} holds {label!r}, which is none of the classes "
-                    f"0 to {len(self.id2label) - 1}."
+                    f"label_column={self.label_column!r} of {self.location} holds {label!r}, which is none of the "
+                    f"classes 0 to {len(self.id2label) - 1}."
                 )
-        vector = None
         if self.condition_columns is not None:
             found = {column: [row[column]] for column in self.condition_names}
-            values, entries = columns.read_conditions(found, [f"a row of {self.where}"])
+            values, entries = read_conditions(found, ["a row"], self.location)
             if entries != self.condition_columns["names"]:
-                raise ValueError(f"the condition columns of {self.where} are {entries} in one row, others before.")
-            vector = columns.normalised(values[0], self.condition_columns)
+                raise ValueError(f"the condition columns of {self.location} are {entries} in one row, others before.")
+            vector = normalise(values[0], self.condition_columns)
         return row[self.image_column], label, vector
 
     def __getitem__(self, item: Item) -> dict:
         return self.__getitems__([item])[0]
 
     def __getitems__(self, items: list[Item]) -> list[dict]:
-        """What DataLoader asks of a worker: a micro-batch at once."""
+        """Return a micro-batch; DataLoader's workers call this."""
         found, errors = [], []
         for item in items:
             try:
@@ -115,23 +125,25 @@ class StreamedImages(torch.utils.data.Dataset):
                 raise
             except Exception as error:
                 found.append(None)
-                errors.append(f"row {item.index % INDICES_OF_A_SHARD} of shard {item.index // INDICES_OF_A_SHARD} "
-                              f"({type(error).__name__}: {error})")  # fmt: skip
+                shard, row = divmod(item.index, INDICES_OF_A_SHARD)
+                errors.append(f"row {row} of shard {shard} ({type(error).__name__}: {error})")
         self.read_images, self.unreadable = self.read_images + len(items), self.unreadable + len(errors)
         if errors:
-            too_many = self.read_images >= MEANINGFUL and self.unreadable > MAX_UNREADABLE * self.read_images
-            if too_many or len(errors) == len(items):
+            if self._too_many_unreadable() or len(errors) == len(items):
+                allowed = self.max_unreadable if self.max_unreadable >= 1 else f"{self.max_unreadable:.0%}"
                 raise OSError(
-                    f"{self.unreadable} of {self.read_images} images of {self.where} cannot be read; at most "
-                    f"{MAX_UNREADABLE:.0%} may. The last: {errors[-1]}."
+                    f"{self.unreadable} of {self.read_images} images of {self.location} cannot be read; at most "
+                    f"{allowed} may. The last: {errors[-1]}."
                 )
-            warnings.warn(f"images of {self.where} cannot be read and are replaced by others: {'; '.join(errors)}.")
+            warnings.warn(f"images of {self.location} cannot be read and are replaced by others: {'; '.join(errors)}.")
         good = [i for i, one in enumerate(found) if one is not None]
-        whole = []
-        for i, item in enumerate(items):
-            one = found[i] or found[min(good, key=lambda other: (abs(other - i), other))]
-            whole.append({**one, "number": item.number})
-        return whole
+        nearest = [min(good, key=lambda other: (abs(other - i), other)) for i in range(len(items))]
+        return [{**found[i], "number": item.number} for i, item in zip(nearest, items, strict=True)]
+
+    def _too_many_unreadable(self) -> bool:
+        if self.max_unreadable == 0 or self.max_unreadable >= 1:
+            return self.unreadable > self.max_unreadable
+        return self.read_images >= MIN_IMAGES_FOR_SHARE and self.unreadable > self.max_unreadable * self.read_images
 
     def _read(self, item: Item) -> dict:
         image, label, vector = item.row
@@ -139,45 +151,36 @@ class StreamedImages(torch.utils.data.Dataset):
         if self._dtype(decoded) != self.dtype:
             raise ValueError(f"it has pixels of {self._dtype(decoded)}, the first image has {self.dtype}")
         crop = (0.5, 0.5) if item.crop is None else item.crop
-        tensor = pixels.prepare(decoded, self.resolution, self.in_channels, self.dtype, crop)
-        found = {"image": tensor, "index": item.index}
+        found = {"image": prepare(decoded, self.resolution, self.in_channels, self.dtype, crop), "index": item.index}
         if label is not None:
             found["label"] = label
         if vector is not None:
             found["mapping_cond"] = torch.from_numpy(vector)
         return found
 
-    def _decode(self, value, enough=None) -> pixels.Decoded:
-        feature = self.rows.features[self.image_column]
-        if is_array(feature) and value is not None:
-            value = np.asarray(value, feature.dtype)
-        decoded = decode_value(value, enough)
-        if decoded.kind != "image":
-            layout = pixels.channel_layout(decoded.pixels.shape, self.in_channels)
-            if layout is not None:
-                return decoded._replace(size=pixels.array_size(decoded.pixels.shape, layout))
-        return decoded
+    def _decode(self, value, min_size=None) -> Decoded:
+        decoded = decode_value(value, self.rows.features[self.image_column], min_size)
+        return locate_channels(decoded, self.in_channels)
 
     def _dtype(self, decoded) -> str:
-        return pixels.dtype_for(decoded.kind, np.shape(decoded.pixels), self.in_channels)
+        return dtype_for(decoded.kind, np.shape(decoded.pixels), self.in_channels)
 
-    def _dtype_of(self, first) -> str:
+    def _dtype_of_first(self, row) -> str:
         try:
-            decoded = self._decode(first[self.image_column])
-            dtype = self._dtype(decoded)
-            pixels.to_channels(decoded.pixels, self.in_channels, dtype)
+            decoded = self._decode(row[self.image_column])
+            to_channels(decoded.pixels, self.in_channels, self._dtype(decoded))
         except KeyError:
             raise ValueError(f"in_channels={self.in_channels}: images have 1 (grey), 3 (RGB) or 4 (RGBA).") from None
         except Exception as error:
-            raise ValueError(f"the first image of {self.where} cannot be read: {error}") from error
-        return dtype
+            raise ValueError(f"the first image of {self.location} cannot be read: {error}") from error
+        return self._dtype(decoded)
 
 
 def open_stream(
     name, config_name, cache_dir, split, image_column, label_column, condition_columns, *, shuffle_buffer,
     condition_statistics, **options,
 ) -> StreamedImages:  # fmt: skip
-    """See `load_images`, whose arguments these are."""
+    """Open a stream; the arguments are those of `load_images`."""
     datasets = require_datasets()
     name = os.fspath(name)
     if is_saved_to_disk(name):
@@ -191,7 +194,7 @@ def open_stream(
             f"condition_columns={condition_columns} of a stream need condition_statistics, their means and deviations: "
             "these are not known before the last row."
         )
-    rows = datasets.load_dataset(name, config_name, split=split, streaming=True, cache_dir=cache_dir)
+    rows = load_split(name, config_name, split=split, streaming=True, cache_dir=cache_dir)
     if not (hasattr(rows, "shard") and hasattr(rows, "num_shards")):
         raise ImportError(f"streaming needs a newer `datasets` than {datasets.__version__}: pip install -U datasets")
     if rows.features is None:
@@ -209,7 +212,7 @@ def open_stream(
     )  # fmt: skip
 
 
-def _stream_labels(features, label_column, num_classes, where) -> dict[int, str] | None:
+def _stream_classes(features, label_column, num_classes, location) -> dict[int, str] | None:
     if label_column is None:
         if num_classes is not None:
             raise ValueError(f"num_classes={num_classes} needs a label_column.")
@@ -218,17 +221,19 @@ def _stream_labels(features, label_column, num_classes, where) -> dict[int, str]
     names = getattr(feature, "names", None)
     if names is not None:
         if num_classes not in (None, len(names)):
-            raise ValueError(f"num_classes={num_classes}, but {label_column!r} of {where} has {len(names)} classes.")
+            raise ValueError(
+                f"num_classes={num_classes}, but {label_column!r} of {location} has {len(names)} classes."
+            )
         return dict(enumerate(names))
     dtype = str(getattr(feature, "dtype", feature))
     if not dtype.startswith(("int", "uint")):
         raise ValueError(
-            f"label_column={label_column!r} of {where} holds {dtype}, which can't be numbered before the last row is "
+            f"label_column={label_column!r} of {location} holds {dtype}, which can't be numbered before the last row is "
             "read. Make it a ClassLabel (`Dataset.class_encode_column`), or leave out streaming."
         )
     if num_classes is None or num_classes < 1:
         raise ValueError(
-            f"label_column={label_column!r} of {where} holds integers; say of how many classes with num_classes, "
+            f"label_column={label_column!r} of {location} holds integers; say of how many classes with num_classes, "
             f"which is {num_classes}."
         )
     return {i: str(i) for i in range(num_classes)}
@@ -236,10 +241,10 @@ def _stream_labels(features, label_column, num_classes, where) -> dict[int, str]
 
 def number_of_lanes(num_shards: int, world_size: int) -> int:
     """
-    A multiple of `world_size`, and the same for as many values of it as possible.
+    Return how many lanes there are: a multiple of `world_size`, and equal for as many values of it as possible.
 
     Raises:
-        ValueError: for more processes than shards.
+        ValueError: there are more processes than shards.
     """
     if world_size > num_shards:
         raise ValueError(
@@ -249,59 +254,56 @@ def number_of_lanes(num_shards: int, world_size: int) -> int:
     return next((n for n in LANES if n <= num_shards and n % world_size == 0), world_size)
 
 
-class StreamedBatches(NumberedBatches):
+class StreamBatchSampler(ResumableBatchSampler):
     """
-    The order of a stream. Each `Item` carries its encoded image, so that workers only decode.
+    Order the images of a stream. Each `Item` carries its encoded image, so that workers only decode.
 
     Args:
         dataset: a [`StreamedImages`].
-        batch_size, seed, rank, world_size, micro_steps, start, crops: as in [`NumberedBatches`].
+        **options: of [`ResumableBatchSampler`].
 
     Raises:
         ValueError: more processes than shards, or a count or rank out of range.
     """
 
-    def __init__(self, dataset, batch_size, seed, rank=0, world_size=1, micro_steps=1, start=0, crops=True):
-        super().__init__(batch_size, seed, rank, world_size, micro_steps, start, crops)
+    def __init__(self, dataset: StreamedImages, *args, **options):
+        super().__init__(*args, **options)
         self.dataset = dataset
-        self.lanes = number_of_lanes(dataset.num_shards, world_size)
+        self.lanes = number_of_lanes(dataset.num_shards, self.world_size)
         self.block = max(1, dataset.shuffle_buffer // self.lanes)
-        self.order = (
+        self.fingerprint = (
             f"stream of {dataset.num_shards} shards in {self.lanes} lanes, blocks of {self.block}, seed {self.seed}"
         )
 
     def __iter__(self) -> Iterator[list[Item]]:
         shards = _Shards(self.dataset, self.seed)
-        stride, first = self.world_size * self.micro_steps, self.start + self.rank
-        lanes = {}
+        first, lanes = self.start + self.rank, {}
         pool = ThreadPoolExecutor(READING_THREADS, thread_name_prefix="stream")
         try:
             for number in range(first, first + self.lanes, self.world_size):
                 position, lane = divmod(number, self.lanes)
                 lanes[lane] = _Lane(shards, lane, self.lanes, self.block, position, pool)
             while True:
-                # A lane goes forward only, but micro-steps take its images in turns: get those of a whole step.
+                # A lane only goes forward, but micro-steps take its images in turns: get those of a whole step.
                 numbers = range(first, first + self.global_batch, self.world_size)
                 items = {number: self._item(number, *next(lanes[number % self.lanes])) for number in numbers}
-                for micro_step in range(self.micro_steps):
-                    begin = first + micro_step * self.world_size
-                    yield [items.pop(number) for number in range(begin, begin + self.batch_size * stride, stride)]
+                yield from ([items.pop(number) for number in batch] for batch in self._micro_batches(first))
                 first += self.global_batch
         finally:
-            # What is being read ahead is not needed any more, and a slow network is not to be waited for.
+            # What is being read ahead is not needed any more, and there is no point in waiting for a slow network.
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _item(self, number, index, row) -> Item:
-        return Item(index, drawn_crop(self.seed, number) if self.crops else None, number, row)
+        return Item(index, random_crop(self.seed, number) if self.crops else None, number, row)
 
 
 class _Shards:
-    """The shards of a stream: their endless order, their rows, and the lengths of those that were read to the end."""
+    """Keep the endless order of a stream's shards, and the lengths of those that were read to the end."""
 
     def __init__(self, dataset, seed):
         self.dataset, self.seed, self.count = dataset, seed, dataset.num_shards
         self.permutation = functools.lru_cache(64)(lambda epoch: permutation(self.count, "shards", seed, epoch))
-        self.path = manifest_path(f"stream-{dataset.identity}", dataset.cache_dir)
+        self.path = manifest_path("stream", dataset.identity, dataset.cache_dir)
         self.lock = threading.Lock()
         self.lengths = self._read_lengths()
 
@@ -310,29 +312,29 @@ class _Shards:
         return int(self.permutation(epoch)[place])
 
     def rows(self, shard: int, skip: int) -> Iterator[tuple[int, tuple]]:
-        """(index, row) from the row `skip` of the shard on; to the end, its length is noted."""
+        """Yield (index, row) from the row `skip` of the shard on; at its end, write down its length."""
         length = 0
         for length, row in enumerate(self.dataset.rows.shard(num_shards=self.count, index=shard), 1):
             if length > skip:
-                yield shard * INDICES_OF_A_SHARD + length - 1, self.dataset.row_of(row)
+                yield shard * INDICES_OF_A_SHARD + length - 1, self.dataset.check_row(row)
         with self.lock:
             if self.lengths.get(shard) != length:
                 self.lengths[shard] = length
-                # Other processes note theirs.
+                # Other processes write theirs.
                 self.lengths = {**self._read_lengths(), **self.lengths}
-                write_json(self.path, {"lengths": sorted(self.lengths.items())})
+                write_manifest(self.path, {"lengths": sorted(self.lengths.items())})
 
     def _read_lengths(self) -> dict[int, int]:
         try:
             with open(self.path, encoding="utf-8") as file:
                 found = {int(shard): int(length) for shard, length in json.load(file)["lengths"]}
             return found if all(0 <= s < self.count and n >= 0 for s, n in found.items()) else {}
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
             return {}
 
 
 class _Lane:
-    """Endless (index, row) of one lane, from an element on; the next block is read while one is used."""
+    """Iterate endlessly over the (index, row) of one lane; the next block is read while one is used."""
 
     def __init__(self, shards, lane, lanes, block, position, pool):
         self.shards, self.lane, self.lanes, self.size, self.pool = shards, lane, lanes, block, pool
@@ -357,7 +359,7 @@ class _Lane:
         return [rows[i] for i in order]
 
     def _rows(self, skip: int) -> Iterator[tuple[int, tuple]]:
-        """All rows of the lane from row `skip` on."""
+        """Yield all rows of the lane from row `skip` on."""
         visit, empty = self.lane, 0
         while True:
             shard = self.shards.number(visit)
@@ -374,5 +376,5 @@ class _Lane:
                 skip -= known
             empty = 0 if known else empty + 1
             if empty > 2 * self.shards.count:
-                raise ValueError(f"no images in {self.shards.dataset.where}.")
+                raise ValueError(f"no images in {self.shards.dataset.location}.")
             visit += self.lanes

@@ -1,4 +1,4 @@
-"""Files to pixels, and pixels to arrays of one size: decoding, antialiased scaling and cropping, value ranges.
+"""Decode image files, scale and crop them with antialiasing, and convert their value ranges.
 
 Pixels are a PIL image in mode L, RGB or RGBA, or, where PIL has no mode for them, an array of uint8, uint16 or float32.
 Sizes are (height, width) in pixels; C is the number of channels.
@@ -16,8 +16,8 @@ from PIL import Image
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 DTYPES = ("uint8", "uint16", "float32")
-# Of a much larger image the decoder or a box filter first makes one that is still this many times too large: what
-# Lanczos does to the rest hides the difference, and PIL's own `thumbnail` draws the line there too.
+# The decoder or a box filter first reduces a much larger image to one that is still this many times too large. Lanczos
+# hides the difference; PIL's own `thumbnail` has the same limit.
 REDUCING_GAP = 2
 LANCZOS_REACH = 3  # pixels of the result, to either side
 # The EXIF orientation tag (274) -> what makes the image upright.
@@ -38,14 +38,14 @@ CONVERT = (
 
 
 class Decoded(NamedTuple):
-    """Pixels, and the size (height, width) that they have in the file; a JPEG may have been decoded at 1/2, 1/4, 1/8."""
+    """Pixels, and their size (height, width) in the file; a JPEG may have been decoded at 1/2, 1/4 or 1/8 of it."""
 
     pixels: Image.Image | np.ndarray
     size: tuple[int, int]
 
     @property
     def kind(self) -> str:
-        """ "image" for what PIL converts between grey, RGB and RGBA, else the dtype of the array."""
+        """Return "image" for what PIL converts between grey, RGB and RGBA, else the dtype of the array."""
         return "image" if isinstance(self.pixels, Image.Image) else self.pixels.dtype.name
 
 
@@ -53,24 +53,32 @@ class Decoded(NamedTuple):
 # Decoding
 
 
-def decode(file, enough: tuple[int, int] | None = None) -> Decoded:
+def decode(file, min_size: tuple[int, int] | None = None) -> Decoded:
     """
-    Decodes an upright image (of an animation the first frame), or an array from an .npy file.
+    Decode an image file and rotate it upright, or read an array from an .npy file.
 
-    A .tif of several one-channel pages of one size is an array with a channel a page. 16-bit grey is a uint16 array,
-    a floating-point .tif a float32 one.
+    Of an animation, and of a .tif of several pictures, the first is read. A .tif of several grey pages of one size is
+    an array with a channel for each page. 16-bit grey becomes a uint16 array, a floating-point image a float32 one.
 
     Args:
         file: a path or a binary file.
-        enough: a (height, width) that the image will be scaled to cover; a JPEG is then decoded at the power of two
-            that leaves it `REDUCING_GAP` times as large. None decodes all pixels.
+        min_size: (height, width) that the image will be scaled to cover; a JPEG is then decoded at the power of two
+            that leaves it at least `REDUCING_GAP` times as large. None decodes all pixels.
 
     Raises:
-        ValueError: for pixels of a type or range that has no meaning here; OSError and others from the decoders.
+        ValueError: pixels of a type or range that has no meaning here. Decoders raise OSError and others.
     """
     kind = _kind_of_file(file)
     if kind == "npy":
-        return _decode_npy(file)
+        return decode_array(np.load(file, allow_pickle=False))
+    if kind == "tiff" and not isinstance(file, io.BytesIO):
+        # Given the name of a file, Pillow (13.0) maps the stored pixels as if they were rotated upright already.
+        with open(file, "rb") as opened:
+            return _decode_image(opened, kind, min_size)
+    return _decode_image(file, kind, min_size)
+
+
+def _decode_image(file, kind, min_size) -> Decoded:
     try:
         image = Image.open(file)
     except Image.UnidentifiedImageError as error:
@@ -82,8 +90,8 @@ def decode(file, enough: tuple[int, int] | None = None) -> Decoded:
         if image.format in ("JPEG", "MPO"):
             # Only here is the orientation known before the pixels are.
             size = (image.width, image.height) if _orientation(image) in SIDEWAYS else (image.height, image.width)
-            if enough is not None:
-                step = 2 ** _halvings(source_step(size, enough))
+            if min_size is not None:
+                step = 2 ** _halvings(source_step(size, min_size))
                 if step > 1:
                     image.draft(None, (image.width // step, image.height // step))
         elif image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
@@ -93,8 +101,8 @@ def decode(file, enough: tuple[int, int] | None = None) -> Decoded:
         image.load()
         transpose = UPRIGHT.get(_orientation(image))
         if image.mode == "F" or image.mode.startswith("I"):
-            array = _checked_array(np.asarray(image))
-            array = array if transpose is None else _transpose(array, transpose)
+            array = _checked_array(np.asarray(image))  # native-endian, which PIL transposes right
+            array = array if transpose is None else np.asarray(Image.fromarray(array).transpose(transpose))
             return Decoded(array, array.shape)
         if image.has_transparency_data:
             mode = "RGBA"
@@ -114,7 +122,7 @@ def _orientation(image) -> int | None:
 
 
 def _kind_of_file(file) -> str | None:
-    """ "npy" or "tiff", by the first bytes of what is in memory, by the name of what is not."""
+    """Return "npy" or "tiff", by the first bytes of what is in memory, by the name of what is not."""
     if isinstance(file, io.BytesIO):
         magic = bytes(file.getbuffer()[:6])
         npy, tiff = magic == b"\x93NUMPY", magic[:4] in (b"II*\0", b"MM\0*")
@@ -124,18 +132,24 @@ def _kind_of_file(file) -> str | None:
     return "npy" if npy else "tiff" if tiff else None
 
 
-def _decode_npy(file) -> Decoded:
-    array = _checked_array(np.load(file, allow_pickle=False))
+def decode_array(array: np.ndarray) -> Decoded:
+    """Return an array (H, W), (H, W, C) or (C, H, W) as a decoded image; ValueError if it has no such meaning."""
+    array = _checked_array(array)
     if array.ndim not in (2, 3):
         raise ValueError(f"the array has shape {array.shape}; {CONVERT}")
     return Decoded(array, array.shape[:2])
 
 
 def _stack_pages(image) -> np.ndarray | None:
+    """Return grey pages of one size as the channels of an array (H, W, C); None for pages that are pictures."""
     pages = []
     for page in range(image.n_frames):
         image.seek(page)
-        if len(image.getbands()) != 1 or (pages and (image.height, image.width) != pages[0].shape):
+        if (
+            image.mode == "P"
+            or len(image.getbands()) != 1
+            or (pages and (image.height, image.width) != pages[0].shape)
+        ):
             image.seek(0)
             return None
         pages.append(_checked_array(np.asarray(image)))
@@ -143,7 +157,7 @@ def _stack_pages(image) -> np.ndarray | None:
 
 
 def _checked_array(array: np.ndarray) -> np.ndarray:
-    """uint8, uint16 or float32 of the same meaning; ValueError for values that have none."""
+    """Return the array as uint8, uint16 or float32; ValueError for values that have no meaning as pixels."""
     if array.size == 0:
         raise ValueError(f"the array is empty: shape {array.shape}")
     if array.dtype.kind == "f":
@@ -163,24 +177,19 @@ def _checked_array(array: np.ndarray) -> np.ndarray:
     raise ValueError(f"pixels of type {array.dtype}; {CONVERT}")
 
 
-def _transpose(array: np.ndarray, how: Image.Transpose) -> np.ndarray:
-    index = np.arange(array.size, dtype=np.int32).reshape(array.shape)
-    return array.reshape(-1)[np.asarray(Image.fromarray(index).transpose(how))]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # One number of channels, one type
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Transparency that the mode lacks is laid on white."""
+    """Convert an image to a mode, laying it on white if it has transparency that the mode lacks."""
     if image.mode == "RGBA" and mode != "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image if image.mode == mode else image.convert(mode)
 
 
 def channel_layout(shape: tuple[int, ...], channels: int) -> str | None:
-    """How an array holds C channels: "grey" (H, W), "last" (H, W, C), "first" (C, H, W), or None if it does not."""
+    """Return how an array holds C channels: "grey" (H, W), "last" (H, W, C), "first" (C, H, W), or None: it doesn't."""
     if len(shape) == 2:
         return "grey" if channels in MODES else None
     if shape[2] == channels:
@@ -189,18 +198,27 @@ def channel_layout(shape: tuple[int, ...], channels: int) -> str | None:
 
 
 def array_size(shape: tuple[int, ...], layout: str) -> tuple[int, int]:
+    """Return (height, width) of an array of this layout."""
     return (shape[1], shape[2]) if layout == "first" else (shape[0], shape[1])
 
 
+def locate_channels(decoded: Decoded, channels: int) -> Decoded:
+    """Correct the size of an array whose C channels may come first or last."""
+    if decoded.kind == "image":
+        return decoded
+    shape = decoded.pixels.shape
+    return decoded._replace(size=array_size(shape, channel_layout(shape, channels) or "last"))
+
+
 def dtype_for(kind: str, shape: tuple[int, ...], channels: int) -> str:
-    """The type that keeps all that an image or array holds; 16 bits of grey are kept by one-channel models only."""
+    """Return the type that keeps what an image or array holds; only one-channel models keep 16 bits of grey."""
     if kind == "image" or (kind == "uint16" and len(shape) == 2 and channels != 1):
         return "uint8"
     return kind
 
 
 def to_channels(pixels: Image.Image | np.ndarray, channels: int, dtype: str) -> Image.Image | np.ndarray:
-    """A PIL image of `channels` bands if dtype is uint8 and PIL has such a mode, else an array (H, W, C) of dtype."""
+    """Convert to a PIL image of `channels` bands if dtype is uint8 and PIL has such a mode, else to (H, W, C) of dtype."""
     if isinstance(pixels, np.ndarray):
         layout = channel_layout(pixels.shape, channels)
         if layout is None:
@@ -233,11 +251,11 @@ def _as_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
 
 def source_step(size: tuple[int, int], target: tuple[int, int]) -> float:
     """
-    Pixels of an image of `size` to a pixel of the result, where the image is scaled to cover `target`.
+    Return how many pixels of an image make one of the result, when the image is scaled to cover `target`.
 
-    It is rounded down (by less than 1/2048 in images of less than 8192 pixels) so far that its multiples within the
-    image are exact in float32, which PIL keeps boxes in. Resizing a box then gives, to the last bit, what resizing the
-    whole and cropping gives, so that a cache of whole scaled images changes no pixel.
+    It is rounded down (by less than 1/2048 in images of less than 8192 pixels) until its multiples within the image
+    are exact in float32, the type of PIL's boxes. Resizing a box then gives, to the last bit, what resizing the whole
+    image and cropping gives, so that a cache of whole scaled images changes no pixel.
     """
     step = min(size[0] / target[0], size[1] / target[1])
     # 24 bits in a float32. The smallest unit must also leave room for multiples of up to the longer side.
@@ -246,19 +264,20 @@ def source_step(size: tuple[int, int], target: tuple[int, int]) -> float:
 
 
 def cover_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """The whole pixels that an image of `size` has when it is scaled to cover `target`; both at least the target's."""
+    """Return (height, width), in whole pixels, of an image of `size` that is scaled to cover `target`."""
     step = source_step(size, target)
     return max(target[0], math.floor(size[0] / step)), max(target[1], math.floor(size[1] / step))
 
 
-def crop_place(cover: tuple[int, int], target: tuple[int, int], crop: tuple[float, float]) -> tuple[int, int]:
-    """(top, left) in pixels of the scaled image; `crop` (y, x) goes from 0 (top, left) to 1."""
+def crop_offset(cover: tuple[int, int], target: tuple[int, int], crop: tuple[float, float]) -> tuple[int, int]:
+    """Return (top, left) of a crop, in pixels of the scaled image; `crop` (y, x) goes from 0 (top, left) to 1."""
     return tuple(
         min(int(at * (n - wanted + 1)), n - wanted) for at, n, wanted in zip(crop, cover, target, strict=True)
     )
 
 
 def _halvings(step: float) -> int:
+    """Return how often an image may be halved before Lanczos scales it."""
     return max(0, math.floor(math.log2(step / REDUCING_GAP))) if step > 0 else 0
 
 
@@ -266,11 +285,12 @@ def scale(
     pixels: Image.Image | np.ndarray, size: tuple[int, int], target: tuple[int, int], window: tuple[int, int, int, int]
 ) -> np.ndarray:
     """
-    A window of the image scaled to cover `target`, antialiased (Lanczos), as an array (C, H, W).
+    Scale an image to cover `target`, antialiased (Lanczos), and return a window of it, (C, H, W).
 
     Args:
         pixels: as `to_channels` returns them; perhaps decoded smaller than they are in the file.
         size: (height, width) in the file.
+        target: (height, width) to be covered.
         window: (top, left, height, width) in pixels of the scaled image.
     """
     step = source_step(size, target)
@@ -292,8 +312,10 @@ def scale(
 
 def _resized(image: Image.Image, window, step: float) -> Image.Image:
     """
-    The window, in pixels of `step` pixels of the image. First across, then down: PIL would choose by the window's size,
-    and rounds in between, so that a window would differ from the same window of the whole.
+    Resize so that `step` pixels of the image become one, and return the window (top, left, height, width) of it.
+
+    Rows are scaled first, then columns. PIL would choose by the window's size, and it rounds in between, so that a
+    window would differ from the same window of the whole image.
     """
     top, left, height, width = window
     reach = LANCZOS_REACH * max(1, step) + 1
@@ -320,18 +342,20 @@ def _scale_plane(plane: np.ndarray, window, step: float) -> np.ndarray:
 def prepare(
     decoded: Decoded, target: tuple[int, int], channels: int, dtype: str, crop: tuple[float, float]
 ) -> torch.Tensor:
-    """A decoded image scaled to cover `target` and cropped at (y, x) -> a tensor (C, height, width) of the dtype."""
+    """Scale a decoded image to cover `target` and crop it at (y, x); return a tensor (C, height, width) of the dtype."""
     cover = cover_size(decoded.size, target)
-    window = (*crop_place(cover, target, crop), *target)
+    window = (*crop_offset(cover, target, crop), *target)
     return torch.from_numpy(scale(to_channels(decoded.pixels, channels, dtype), decoded.size, target, window))
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
     """
-    Images of any type that a batch has -> float32 in [-1, 1], same shape and device.
+    Convert the images of a batch to float32 in [-1, 1], of the same shape and on the same device.
 
-    uint8 0..255 and uint16 0..65535 are mapped to [-1, 1] linearly; float32 is taken as it is, since float arrays hold
-    [-1, 1] from the start. TypeError for any other dtype.
+    uint8 0..255 and uint16 0..65535 are mapped to [-1, 1] linearly; float32 images are in [-1, 1] already.
+
+    Raises:
+        TypeError: any other dtype.
     """
     if images.dtype == torch.float32:
         return images

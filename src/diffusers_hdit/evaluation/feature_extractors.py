@@ -1,9 +1,8 @@
-"""The networks in whose features sets of images are compared, and how images are brought to them."""
+"""The networks in whose features sets of images are compared, and how images are prepared for them."""
 
 import hashlib
 import importlib
 import importlib.util
-import os
 import pickle
 import sys
 import types
@@ -15,30 +14,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import __version__
+from ..utils.files import atomic_path
+from . import FEATURE_NETWORKS
 
-# What the results call them. The last one is done by the network itself.
+
+# As results describe them. The network itself does the last one.
 RESIZE_FILTERS = {
     "bicubic": "bicubic, antialiased",
     "bilinear": "bilinear, antialiased",
     "bilinear-tf1": "bilinear as in TensorFlow 1, not antialiased",
 }
 HUB_WEIGHTS = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-patch14-336"}
-NETWORKS = ("efficientnet-lite0", "inception-v3", *HUB_WEIGHTS)
+NETWORKS = FEATURE_NETWORKS  # until the training takes it from `evaluation`
 
 
 @dataclass
 class FeatureExtractor:
     """
-    A network and how images are brought to it.
+    A network, and how images are prepared for it.
 
     Attributes:
-        network: takes `(B, 3, H, W)` float32 in [-1, 1], returns `(B, D)`, or `(B, D, h, w)` whose mean over places is
-            taken.
+        network: takes `(B, 3, H, W)` float32 in [-1, 1], returns `(B, D)`, or `(B, D, h, w)`, which is averaged over the
+            positions.
         name: of the network, for the results.
         resolution: size (a square) that images are resized to; None leaves them as they are.
         resize_filter: "bicubic" or "bilinear", antialiased; "bilinear-tf1" for [`InceptionV3`] alone, which does it.
         weights_digest: a hash of the weights, for the results.
         fingerprint: a hash of all this, for caches of features.
+
+    Raises:
+        ValueError: for another resize_filter.
     """
 
     network: nn.Module
@@ -64,12 +70,12 @@ class FeatureExtractor:
 
     @property
     def resizing(self) -> str:
-        """In words, for the results."""
+        """Describe the resizing, for the results."""
         return "none" if self.resolution is None else RESIZE_FILTERS[self.resize_filter]
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features `(B, D)` float32 of uint8 images `(B, C, H, W)`: grey (C = 1), RGB, or RGBA laid on white."""
+        """Return features `(B, D)` float32 of uint8 images `(B, C, H, W)`: grey (C = 1), RGB, or RGBA laid on white."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3, 4):
             raise ValueError(f"images are uint8 (B, 1|3|4, H, W), not {images.dtype} {tuple(images.shape)}.")
         values = images.float() / 127.5 - 1
@@ -89,23 +95,22 @@ class FeatureExtractor:
         return features.float()
 
     def width(self, channels: int, size: tuple[int, int]) -> int:
-        """D of the features of such images, found with a black one: a network that can't take them fails here."""
+        """Return D, the number of features of such images, found with a black one: a network that can't take them fails here."""
         device = next((value.device for value in self.network.state_dict().values()), None)
         return self(torch.zeros(1, channels, *size, dtype=torch.uint8, device=device)).shape[1]
 
     def features(self, batches: Iterable[Tensor], device: torch.device | str = "cpu") -> Tensor:
-        """Features `(N, D)`, on the CPU, of batches of uint8 images."""
+        """Return features `(N, D)`, on the CPU, of batches of uint8 images."""
         self.network.to(device)
-        found = [self(batch.to(device)).cpu() for batch in batches]
-        if not found:
-            raise ValueError("there are no images.")
-        return torch.cat(found)
+        return torch.cat([self(batch.to(device)).cpu() for batch in batches])
 
 
 def load_extractor(
     name: str, resolution: int | None = None, resize_filter: str | None = None, weights: str | Path | None = None
 ) -> FeatureExtractor:
     """
+    Load a feature network. The random state is left unchanged.
+
     Args:
         name: one of
             "efficientnet-lite0": ImageNet classifier, 1,280 features, 224×224; from the packages
@@ -115,14 +120,12 @@ def load_extractor(
                 transformers, the input's size, mean, deviation and filter from the weights' image processor;
             "module:function": a function without arguments that returns a network.
         resolution, resize_filter: default: the network's own; for a module:function none, and bicubic.
-        weights: of inception-v3: file with torch-fidelity's state dict, by default fetched; of dinov2 and clip: folder
-            of `save_pretrained` or name on the Hub, by default `HUB_WEIGHTS`.
-
-    The random state stays as it was.
+        weights: of inception-v3: file with torch-fidelity's state dict, by default downloaded; of dinov2 and clip:
+            folder of `save_pretrained` or name on the Hub, by default `HUB_WEIGHTS`.
 
     Raises:
-        ImportError: if the packages or the module are not there.
-        OSError: if the weights are not there and can't be fetched.
+        ImportError: if the packages or the module are not installed.
+        OSError: if the weights are not there and can't be downloaded.
         ValueError: for any other name, and weights or a size that do not fit the network.
     """
     with torch.random.fork_rng(devices=[]):
@@ -133,17 +136,18 @@ def load_extractor(
                 raise ValueError(f"inception-v3 sees {InceptionV3.SIZE}×{InceptionV3.SIZE} pixels, not {resolution}.")
             return FeatureExtractor(InceptionV3(weights), name, InceptionV3.SIZE, resize_filter or "bilinear-tf1")
         if weights is not None:
-            raise ValueError(f"weights={str(weights)!r}: the feature network {name} brings its own.")
+            raise ValueError(f"weights={str(weights)!r}: the feature network {name} brings its own; leave them out.")
         resize_filter = resize_filter or "bicubic"
         if name == "efficientnet-lite0":
             return FeatureExtractor(EfficientNetLite0(), name, resolution or 224, resize_filter)
-        return FeatureExtractor(call_by_name(name), name, resolution, resize_filter)
+        return FeatureExtractor(make_by_name(name), name, resolution, resize_filter)
 
 
-def call_by_name(name: str) -> nn.Module:
+def make_by_name(name: str) -> nn.Module:
+    """Return what the function returns that "module:function" names."""
     module, colon, function = name.partition(":")
     if not (module and colon and function):
-        raise ValueError(f'a feature network is {", ".join(NETWORKS)} or "module:function", not {name!r}.')
+        raise ValueError(f'a feature network is {", ".join(FEATURE_NETWORKS)} or "module:function", not {name!r}.')
     make: Callable[[], nn.Module] | None = getattr(importlib.import_module(module), function, None)
     network = make() if callable(make) else None
     if not isinstance(network, nn.Module):
@@ -176,16 +180,16 @@ class EfficientNetLite0(nn.Module):
 
 class InceptionV3(nn.Module):
     """
-    torch-fidelity's copy of the network of 2015 that FID is defined by (Heusel et al. 2017, arXiv 1706.08500), which is
-    not torchvision's. Returns the 2,048 features of the last pooling. Images of any size are resized to 299×299 as
-    TensorFlow 1 did it, and rounded to 8 bits before.
+    Inception-v3 with the weights of 2015 that FID is defined by (Heusel et al. 2017, arXiv 1706.08500), from
+    torch-fidelity; torchvision's are others. Returns the 2,048 features of the last pooling. Images of any size are
+    rounded to 8 bits, then resized to 299×299 as TensorFlow 1 does it.
 
     Args:
-        weights: file with torch-fidelity's state dict; None fetches it once into torch.hub's folder.
+        weights: file with torch-fidelity's state dict; None downloads it once into torch.hub's folder.
 
     Raises:
         ImportError: without torch-fidelity.
-        OSError: without the file, or without a way to fetch it.
+        OSError: without the file, or if it can't be downloaded.
         ValueError: for a file of other weights.
     """
 
@@ -202,7 +206,7 @@ class InceptionV3(nn.Module):
             )
         except OSError as error:
             raise OSError(
-                f"the weights of inception-v3 could not be fetched ({error}). Download them where there is a network "
+                f"the weights of inception-v3 could not be downloaded ({error}). Download them where there is a network "
                 "(torch_fidelity.feature_extractor_inceptionv3.URL_INCEPTION_V3 says from where) and give the file: "
                 "--feature_weights FILE."
             ) from error
@@ -216,15 +220,15 @@ class InceptionV3(nn.Module):
         return features
 
     def logits(self, features: Tensor) -> Tensor:
-        """Class logits `(N, 1008)` float64, without the bias of the last layer, as the Inception score takes them."""
+        """Return class logits `(N, 1008)` float64, without the bias of the last layer, as the Inception score takes them."""
         weight = self.network.fc.weight.detach()
         return features.double().to(weight.device) @ weight.double().T
 
 
 def torch_fidelity_inception() -> type[nn.Module]:
     """
-    The class, of its own module alone: the package as a whole imports torchvision, whose binary must be of the same
-    build as torch's, and which this network has no use for.
+    Import torch-fidelity's class from its module alone. The whole package also imports torchvision, which this network
+    does not use and whose binary must be of the same build as torch's, so that many machines do not have it.
     """
     spec = importlib.util.find_spec("torch_fidelity")
     if spec is None:
@@ -239,7 +243,7 @@ def torch_fidelity_inception() -> type[nn.Module]:
     sys.modules["torch_fidelity"] = package
     try:
         module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-    finally:  # whoever imports it next gets the whole
+    finally:  # the next import gets the whole package
         for name in [name for name in sys.modules if name.partition(".")[0] == "torch_fidelity"]:
             del sys.modules[name]
     return module.FeatureExtractorInceptionV3
@@ -250,7 +254,7 @@ def torch_fidelity_inception() -> type[nn.Module]:
 
 
 class NormalizedImages(nn.Module):
-    """A vision model of transformers that gets images in [-1, 1], brought to its own mean and deviation."""
+    """A vision model of transformers that takes images in [-1, 1] and normalises them with its own mean and deviation."""
 
     def __init__(self, model: nn.Module, mean: list[float], std: list[float]):
         super().__init__()
@@ -263,15 +267,15 @@ class NormalizedImages(nn.Module):
 
 
 class Dinov2Images(NormalizedImages):
-    """The class token after the last norm (Oquab et al. 2023, arXiv 2304.07193), which Stein et al. 2023, arXiv
-    2306.04675, compare sets of images by."""
+    """Returns the class token after the last norm (Oquab et al. 2023, arXiv 2304.07193), by which Stein et al. 2023, arXiv
+    2306.04675, compare sets of images."""
 
     def forward(self, image: Tensor) -> Tensor:
         return self.model(pixel_values=self.pixel_values(image)).pooler_output
 
 
 class ClipImages(NormalizedImages):
-    """The projected image embedding, of length 1, as CMMD takes it (Jayasumana et al. 2024, arXiv 2401.09603)."""
+    """Returns the projected image embedding, of length 1, as CMMD takes it (Jayasumana et al. 2024, arXiv 2401.09603)."""
 
     def forward(self, image: Tensor) -> Tensor:
         return F.normalize(self.model(pixel_values=self.pixel_values(image)).image_embeds, dim=-1)
@@ -279,8 +283,8 @@ class ClipImages(NormalizedImages):
 
 def load_transformer(name: str, source: str, resolution: int | None, resize_filter: str | None) -> FeatureExtractor:
     """
-    The whole image is resized to what the network sees: where its image processor would cut the borders off, the
-    measures of generated images do not (as in the papers of CMMD and of the DINOv2 distance).
+    Load a vision model of transformers. The whole image is resized to the network's input, without the centre crop of its
+    image processor, as in the papers of CMMD and of the DINOv2 distance.
     """
     try:
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection, logging
@@ -288,21 +292,23 @@ def load_transformer(name: str, source: str, resolution: int | None, resize_filt
         raise ImportError(
             f'the feature network {name} needs transformers: pip install "diffusers-hdit[eval]"'
         ) from error
-    make, kinds, wrapper = {
+    model_class, model_types, wrapper = {
         "dinov2": (AutoModel, ("dinov2", "dinov2_with_registers"), Dinov2Images),
         "clip": (CLIPVisionModelWithProjection, ("clip", "clip_vision_model"), ClipImages),
     }[name]
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # of the weights that are left out, CLIP's text part, there would be a long list
+    logging.set_verbosity_error()  # it would list all weights of CLIP's text part, which are left out
     try:
         config = AutoConfig.from_pretrained(source)
         processor = AutoImageProcessor.from_pretrained(source)
-        if config.model_type not in kinds:
-            raise ValueError(f"{source!r} has a model of type {config.model_type}; {name} is {' or '.join(kinds)}.")
-        if config.model_type == "clip":  # the vision part's own configuration may be silent on this
+        if config.model_type not in model_types:
+            raise ValueError(
+                f"{source!r} has a model of type {config.model_type}; {name} is {' or '.join(model_types)}."
+            )
+        if config.model_type == "clip":  # the vision model's own configuration may lack it
             config.vision_config.projection_dim = config.projection_dim
             config = config.vision_config
-        model, info = make.from_pretrained(source, config=config, output_loading_info=True, torch_dtype=torch.float32)
+        model, info = model_class.from_pretrained(source, config=config, output_loading_info=True)
     except OSError as error:
         raise OSError(
             f"the weights {source!r} of the feature network {name} could not be loaded ({error}). Give a folder that "
@@ -312,20 +318,20 @@ def load_transformer(name: str, source: str, resolution: int | None, resize_filt
         logging.set_verbosity(verbosity)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{source!r} lacks {len(missing)} of the weights of {name}: {', '.join(missing[:3])}, ...")
-    own_size, own_filter = input_of(processor, source)
+    own_size, own_filter = preprocessing_of(processor, source)
     if name == "clip" and resolution not in (None, model.config.image_size):
         raise ValueError(f"{source!r} sees {model.config.image_size} pixels a side, not {resolution}.")
-    where = Path(source).name if Path(source).is_dir() else source  # where a folder lies is nobody's business
+    where = Path(source).name if Path(source).is_dir() else source  # results do not name local paths
     return FeatureExtractor(
-        wrapper(model, processor.image_mean, processor.image_std),
+        wrapper(model.float(), processor.image_mean, processor.image_std),
         f"{name} ({where})",
         resolution or own_size,
         resize_filter or own_filter,
     )
 
 
-def input_of(processor, source: str) -> tuple[int, str]:
-    """Side of the square that an image processor gives to its network, and the filter that it resizes with."""
+def preprocessing_of(processor, source: str) -> tuple[int, str]:
+    """Return the side of the square that an image processor gives to its network, and the filter that it resizes with."""
     size = dict(processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size)
     sides = {side for side in size.values() if side is not None}
     filters = {2: "bilinear", 3: "bicubic"}
@@ -339,21 +345,21 @@ def input_of(processor, source: str) -> tuple[int, str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Features of images that are asked for again and again
+# The cache of real images' features
 
 
-def cache_file(extractor: FeatureExtractor, batches: Iterable[Tensor], cache_dir: Path) -> Path:
-    """Where features of these uint8 images are kept: under a hash of the images' bytes, the network and the resizing."""
-    digest = hashlib.sha256(extractor.fingerprint.encode())
-    for batch in batches:
-        for image in batch:
-            digest.update(repr(tuple(image.shape)).encode())
-            digest.update(image.cpu().contiguous().numpy().data)
-    return Path(cache_dir) / f"features-{digest.hexdigest()[:40]}.safetensors"
+def cache_path(extractor: FeatureExtractor, real, cache_dir: Path) -> Path:
+    """
+    Return the file for the features of a dataset. Its name is a hash of what they depend on: which images these are
+    (without reading one), how they are transformed, the network and its resizing.
+    """
+    images = getattr(real, "fingerprint", None) or real.identity
+    key = [extractor.fingerprint, images, real.resolution, real.in_channels, __version__]
+    return Path(cache_dir) / f"features-{hashlib.sha256(repr(key).encode()).hexdigest()[:40]}.safetensors"
 
 
 def read_cache(path: Path) -> Tensor | None:
-    """None if there is nothing, or nothing whole."""
+    """Return the features in a cache file, None if there is none or it is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -367,6 +373,5 @@ def write_cache(path: Path, features: Tensor) -> None:
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    save_file({"features": features.contiguous()}, partial)
-    os.replace(partial, path)
+    with atomic_path(path) as partial:
+        save_file({"features": features.contiguous()}, partial)

@@ -127,10 +127,15 @@ class TrainingConfig:
     dataset_name: str | None = data(None, "a Hugging Face dataset (Hub or local folder), or fluent-faces, which comes "
                                     "with this package", per_run=True)  # fmt: skip
     dataset_config_name: str | None = data(None)
+    split: str = data(
+        "train", "of a data set, or of a folder with sub-folders such as train and test; all: every image"
+    )
     streaming: bool = data(False, "read a --dataset_name as it arrives, without a copy on disk", resume="fork")
     cache_dir: str | None = data(None)
     image_column: str = data("image")
     label_column: str | None = data(None, "train with class labels from this column")
+    class_folder_depth: int | None = data(None, "which sub-folders are the classes: 1 for the outermost, -1 for the one "
+                                          "that an image is in; default: the innermost whose names differ")  # fmt: skip
     condition_columns: list[str] | None = data(None, "train with the numbers or vectors in these columns",
                                                parse=comma_separated)  # fmt: skip
     condition_statistics: dict | None = data(None, 'for streams, JSON file: {"mean": [...], "std": [...]}',
@@ -143,6 +148,8 @@ class TrainingConfig:
     augment_prob: float = data(0.0, "non-leaking augmentation: probability of each transform", at_least=0, at_most=1,
                                resume="fork")  # fmt: skip
     cache_images: str = data("auto", "keep decoded images in memory", choices=("auto", "yes", "no"))
+    max_unreadable: float = data(0.01, "leave out unreadable images up to this share (below 1) or number (from 1)",
+                                 at_least=0)  # fmt: skip
     dataloader_num_workers: int = data(0, at_least=0)
 
     train_batch_size: int = option(16, "images per step and device", at_least=1)
@@ -368,8 +375,9 @@ def normalize(config: TrainingConfig) -> None:
     elif isinstance(config.condition_columns, list):
         nested = [x if isinstance(x, list) else [x] for x in config.condition_columns]
         config.condition_columns = [name for names in nested for name in names]
-    if isinstance(config.noise_density_params, list):
-        config.noise_density_params = dict(config.noise_density_params)
+    params = config.noise_density_params
+    if isinstance(params, list) and all(isinstance(pair, tuple) for pair in params):
+        config.noise_density_params = dict(params)
     if isinstance(config.compile, bool):
         config.compile = "default" if config.compile else "none"
     checkpointing = config.gradient_checkpointing
@@ -397,7 +405,8 @@ def check_value(f: dataclasses.Field, value: Any) -> None:
             if math.isnan(v) or (about["finite"] and math.isinf(v)):
                 raise ValueError(f"{f.name} must be a finite number, got {value!r}.")
             if not in_domain(v, about):
-                raise ValueError(f"{f.name} must {domain_of(about)}, got {value!r}.")
+                infinite = "" if about["finite"] else " (inf is allowed)"
+                raise ValueError(f"{f.name} must {domain_of(about)}{infinite}, got {value!r}.")
     if f.name == "ema_decay" and not value:
         raise ValueError("ema_decay is empty; give at least one number, for instance 0.9999.")
     if f.name == "resolution" and len(value) not in (1, 2):

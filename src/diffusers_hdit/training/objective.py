@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import diffusion
-from ..data.dataset import mixed_seed, to_float
+from ..data import to_float
 from ..pipelines.upscaling import training_conditioning
+from ..utils.seeding import mixed_seed
 from .augmentation import augment, on
 from .config import TrainingConfig
 

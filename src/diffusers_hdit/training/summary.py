@@ -30,7 +30,7 @@ def run_summary(run, checkpoint: Path | None) -> str:
     total = fixed + per_image * config.train_batch_size
 
     images = f"{len(dataset):,} images" if dataset.has_length else "a stream of images"
-    classes = f", {network.config.num_classes} classes" if network.config.num_classes else ""
+    classes = f", {dataset.class_summary()}" if dataset.id2label else ""
     columns = (dataset.condition_columns or {"names": []})["names"]
     conditions = f", conditions {', '.join(columns)}" if columns else ""
     batch = (

@@ -22,8 +22,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import diffusion
-from ..data.dataset import Buckets, load_images, make_loader
-from ..evaluation.evaluator import MetricsOnTheWay, metrics_on_the_way
+from ..data import Buckets, load_images, make_loader
+from ..evaluation.evaluator import InTrainingEvaluator
 from ..models.networks import NETWORKS
 from ..pipelines.upscaling import conditioning_channels
 from ..utils.distributed import broadcast_from_main
@@ -75,7 +75,7 @@ class TrainingRun:
     checkpoint_due: bool = False
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     metrics: MetricsFile | None = None
-    evaluator: MetricsOnTheWay | None = None
+    evaluator: InTrainingEvaluator | None = None
     # For the model card: the mean loss of the last `loss_steps` steps, when this session of the training began, and the
     # sessions before it (None if a checkpoint does not tell).
     loss: float | None = None
@@ -220,8 +220,10 @@ def load_dataset(config: TrainingConfig, accelerator: Accelerator):
             dataset_name=None if bundled else config.dataset_name,
             dataset_config_name=config.dataset_config_name,
             cache_dir=config.cache_dir,
+            split=config.split,
             image_column=config.image_column,
             label_column=config.label_column,
+            class_folder_depth=config.class_folder_depth,
             condition_columns=config.condition_columns,
             condition_statistics=config.condition_statistics,
             resolution=network.sample_size,
@@ -231,6 +233,7 @@ def load_dataset(config: TrainingConfig, accelerator: Accelerator):
             buckets=Buckets(tuple(divisors), min_size, min_images=global_batch) if config.buckets else None,
             cache_images={"auto": "auto", "yes": True, "no": False}[config.cache_images],
             num_classes=config.model.get("num_classes") if config.streaming else None,
+            max_unreadable=config.max_unreadable,
         )
 
 
@@ -271,7 +274,7 @@ def prepare_run(config: TrainingConfig, accelerator: Accelerator, dataset) -> Tr
         validation_conditions(dataset, config.num_validation_images, config),
         global_batch,
         total_steps,
-        evaluator=metrics_on_the_way(config, dataset),
+        evaluator=InTrainingEvaluator.from_args(config, dataset),
     )
 
 
@@ -289,7 +292,7 @@ def make_run_loader(run: TrainingRun):
         num_workers=config.dataloader_num_workers,
         pin_memory=run.accelerator.device.type == "cuda",
     )
-    run.sampler_fingerprint = loader.batch_sampler.order
+    run.sampler_fingerprint = loader.batch_sampler.fingerprint
     return loader
 
 

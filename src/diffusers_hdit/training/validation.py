@@ -11,9 +11,10 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor
 
-from ..data.dataset import mixed_seed, to_float
+from ..data import to_float
 from ..pipelines.pipeline_hdit import HDiTPipeline
 from ..pipelines.upscaling import downscale
+from ..utils.seeding import mixed_seed
 from .config import TrainingConfig
 from .objective import append_presence_flag
 

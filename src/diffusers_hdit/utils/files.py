@@ -54,3 +54,8 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def default_cache_dir(cache_dir: str | os.PathLike | None = None) -> Path:
+    """Return the folder for what can be computed again: `cache_dir`, or `diffusers_hdit` in `$XDG_CACHE_HOME`."""
+    return Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "diffusers_hdit").expanduser())

@@ -9,13 +9,13 @@ import torch
 
 from diffusers_hdit import diffusion
 from diffusers_hdit.data.bucketing import Buckets, assign
-from diffusers_hdit.data.sampler import BucketedBatches, ShuffledBatches
+from diffusers_hdit.data.sampler import BucketBatchSampler, ShuffledBatchSampler
 
 
 # (images of a micro-step in a process, processes, micro-steps): all divide a global batch of 8.
 SPLITS = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (4, 1, 2), (1, 4, 2)]
 BUCKETS = np.repeat([0, 1, 2], [21, 9, 13])
-KINDS = {"shuffled": (ShuffledBatches, 43), "buckets": (BucketedBatches, BUCKETS)}
+KINDS = {"shuffled": (ShuffledBatchSampler, 43), "buckets": (BucketBatchSampler, BUCKETS)}
 
 
 def steps(kind, count, split=(8, 1, 1), source=None, **options):
@@ -60,7 +60,7 @@ def test_who_gets_which_number():
     """As `diffusion.stratified_uniform` deals out noise levels: place 5 of a batch has the stratum 5, always."""
     for batch_size, world_size, micro_steps in SPLITS:
         for rank in range(world_size):
-            order = ShuffledBatches(43, batch_size, 0, rank, world_size, micro_steps, start=16)
+            order = ShuffledBatchSampler(43, batch_size, 0, rank, world_size, micro_steps, start=16)
             for micro_step, batch in enumerate(itertools.islice(order, micro_steps)):
                 u = diffusion.stratified_uniform(batch_size, rank, world_size, micro_step, micro_steps)
                 assert [item.number for item in batch] == [16 + int(8 * v) for v in u]
@@ -111,39 +111,39 @@ def test_seeds_and_epochs_are_mixed():
 
 def test_order_is_frozen():
     """A checkpoint's place in the order is a number: another order would repeat and leave out images on a resume."""
-    order = ShuffledBatches(10, 5, seed=0)
+    order = ShuffledBatchSampler(10, 5, seed=0)
     assert indices(itertools.islice(order, 2)) == [2, 8, 7, 3, 5, 0, 4, 6, 9, 1]
     assert next(iter(order))[1].crop == (0.10331573546864092, 0.5911078199278563)
-    order = BucketedBatches([0] * 5 + [1] * 7, 4, seed=0)
+    order = BucketBatchSampler([0] * 5 + [1] * 7, 4, seed=0)
     assert indices(itertools.islice(order, 4)) == [1, 2, 4, 0, 9, 5, 6, 11, 3, 0, 1, 3, 8, 7, 10, 10]
 
 
 def test_bad_orders():
     with pytest.raises(ValueError, match="fewer images than a batch: 7 images, but 4 in each of 2 processes takes 8"):
-        ShuffledBatches(7, 4, seed=0, world_size=2)
+        ShuffledBatchSampler(7, 4, seed=0, world_size=2)
     with pytest.raises(ValueError, match="4 in each of 1 processes and 2 micro-steps takes 8"):
-        BucketedBatches([0] * 7, 4, seed=0, micro_steps=2)
-    assert len(next(iter(ShuffledBatches(8, 4, seed=0, world_size=2)))) == 4
+        BucketBatchSampler([0] * 7, 4, seed=0, micro_steps=2)
+    assert len(next(iter(ShuffledBatchSampler(8, 4, seed=0, world_size=2)))) == 4
     wrong = ({"batch_size": 0}, {"rank": 2, "world_size": 2}, {"rank": -1}, {"start": -1}, {"world_size": 0})
     for options in (*wrong, {"micro_steps": 0}):
         with pytest.raises(ValueError, match="must be at least 1"):
-            ShuffledBatches(**{"num_images": 7, "batch_size": 2, "seed": 0, **options})
+            ShuffledBatchSampler(**{"num_images": 7, "batch_size": 2, "seed": 0, **options})
     with pytest.raises(ValueError, match="start=12 is no multiple of the global batch 8"):
-        BucketedBatches(BUCKETS, 8, seed=0, start=12)
+        BucketBatchSampler(BUCKETS, 8, seed=0, start=12)
 
 
 def test_orders_have_different_names():
     names = {
-        ShuffledBatches(43, 8, 0).order,
-        ShuffledBatches(43, 8, 1).order,
-        ShuffledBatches(44, 8, 0).order,
-        BucketedBatches(BUCKETS, 8, 0).order,
-        BucketedBatches(BUCKETS, 4, 0).order,
-        BucketedBatches(BUCKETS[1:], 8, 0).order,
+        ShuffledBatchSampler(43, 8, 0).fingerprint,
+        ShuffledBatchSampler(43, 8, 1).fingerprint,
+        ShuffledBatchSampler(44, 8, 0).fingerprint,
+        BucketBatchSampler(BUCKETS, 8, 0).fingerprint,
+        BucketBatchSampler(BUCKETS, 4, 0).fingerprint,
+        BucketBatchSampler(BUCKETS[1:], 8, 0).fingerprint,
     }
     assert len(names) == 6
-    assert BucketedBatches(BUCKETS, 2, 0, world_size=2, micro_steps=2).order in names
-    assert ShuffledBatches(43, 4, 0).order in names, "it depends on no batch"
+    assert BucketBatchSampler(BUCKETS, 2, 0, world_size=2, micro_steps=2).fingerprint in names
+    assert ShuffledBatchSampler(43, 4, 0).fingerprint in names, "it depends on no batch"
 
 
 # --- Buckets
@@ -164,7 +164,7 @@ def test_a_step_has_one_bucket_and_no_image_is_lost():
 
 def test_what_does_not_fill_a_batch_is_carried_over():
     """After e epochs a bucket has given all whole batches of its images so far: it lags by less than one batch."""
-    order = BucketedBatches(BUCKETS, 8, seed=0)
+    order = BucketBatchSampler(BUCKETS, 8, seed=0)
     for epoch in range(1, 40):
         total = sum(epoch * size // 8 for size in (21, 9, 13))
         seen = Counter(int(BUCKETS[item.index]) for batch in itertools.islice(order, total) for item in batch)

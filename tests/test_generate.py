@@ -1,4 +1,4 @@
-"""Many images: numbered, resumed, split over processes, packed."""
+"""Numbered images: resumed, split over processes, packed."""
 
 import json
 import subprocess
@@ -13,8 +13,8 @@ from diffusers.hooks import FirstBlockCacheConfig
 from PIL import Image
 
 from diffusers_hdit import HDiTPipeline
-from diffusers_hdit.evaluation import generate as many_images
-from diffusers_hdit.evaluation.generate import draw_many, image_seed
+from diffusers_hdit.evaluation import generate
+from diffusers_hdit.evaluation.generate import generate_images, image_seed
 
 
 STEPS = {"num_inference_steps": 3}
@@ -33,10 +33,10 @@ def read(folder, n):
 
 def test_an_image_depends_on_its_number_only(pipeline, tmp_path):
     """Not on batches, interruptions, or how many are wanted. Batched arithmetic may round one grey level otherwise."""
-    draw_many(pipeline, tmp_path / "a", 7, class_labels=[0, 1, 2], batch_size=7, **STEPS)
-    draw_many(pipeline, tmp_path / "b", 3, class_labels=[0, 1, 2], batch_size=2, **STEPS)
+    generate_images(pipeline, tmp_path / "a", 7, class_labels=[0, 1, 2], batch_size=7, **STEPS)
+    generate_images(pipeline, tmp_path / "b", 3, class_labels=[0, 1, 2], batch_size=2, **STEPS)
     (tmp_path / "b" / "000001.png").unlink()
-    draw_many(pipeline, tmp_path / "b", 7, class_labels=[0, 1, 2], batch_size="auto", **STEPS)
+    generate_images(pipeline, tmp_path / "b", 7, class_labels=[0, 1, 2], batch_size="auto", **STEPS)
     a, b = read(tmp_path / "a", 7), read(tmp_path / "b", 7)
     assert np.abs(a - b).max() <= 1
     assert len({image.tobytes() for image in a}) == 7, "no two are the same"
@@ -45,22 +45,22 @@ def test_an_image_depends_on_its_number_only(pipeline, tmp_path):
 
 
 def test_seeds():
-    """What comes out of the generator differs, which uses 32 bits of its seed."""
-    drawn = {
+    """The noise differs: the generator uses 32 bits of its seed."""
+    noise = {
         torch.randn(4, generator=torch.Generator().manual_seed(image_seed(seed, index))).numpy().tobytes()
         for seed in (0, 1, 2, 2**32 - 1)
         for index in range(50)
     }
-    assert len(drawn) == 200
+    assert len(noise) == 200
     assert [image_seed(0, index) for index in range(3)] == [0, 1, 2]
 
 
 def test_a_failed_call_binds_nobody(pipeline, tmp_path):
     """Settings are kept for the images; where there are none, the corrected command goes."""
     with pytest.raises(ValueError, match="num_inference_steps must be a positive integer"):
-        draw_many(pipeline, tmp_path / "a", 1, num_inference_steps=0)
+        generate_images(pipeline, tmp_path / "a", 1, num_inference_steps=0)
     assert (tmp_path / "a" / "sampling.json").is_file()
-    draw_many(pipeline, tmp_path / "a", 1, **STEPS)
+    generate_images(pipeline, tmp_path / "a", 1, **STEPS)
     settings = json.loads((tmp_path / "a" / "sampling.json").read_text())
     assert settings["arguments"] == STEPS and "_diffusers_version" not in settings["scheduler"]
 
@@ -68,12 +68,12 @@ def test_a_failed_call_binds_nobody(pipeline, tmp_path):
 def test_labels_are_checked_first(pipeline, tmp_path):
     pipeline.register_to_config(id2label={0: "a", 1: "b", 2: "c"})
     with pytest.raises(ValueError, match="class label 99 is out of range"):
-        draw_many(pipeline, tmp_path / "a", 3, class_labels=[0, 1, 99], batch_size=1, **STEPS)
+        generate_images(pipeline, tmp_path / "a", 3, class_labels=[0, 1, 99], batch_size=1, **STEPS)
     with pytest.raises(ValueError, match="mapping_cond must be made of numbers, .* got ndarray"):
-        draw_many(pipeline, tmp_path / "a", 3, mapping_cond=np.zeros((1, 2)), **STEPS)
+        generate_images(pipeline, tmp_path / "a", 3, mapping_cond=np.zeros((1, 2)), **STEPS)
     assert not (tmp_path / "a").exists()
     for name, labels in (("names", ["c", "a"]), ("array", np.array([2, 0]))):
-        draw_many(pipeline, tmp_path / f"{name}.npz", 3, class_labels=labels, **STEPS)
+        generate_images(pipeline, tmp_path / f"{name}.npz", 3, class_labels=labels, **STEPS)
         with np.load(tmp_path / f"{name}.npz") as file:
             assert file["arr_1"].tolist() == [2, 0, 2]
 
@@ -82,71 +82,71 @@ def test_leftovers_of_killed_processes(pipeline, tmp_path, monkeypatch):
     output, parts = tmp_path / "x.npz", tmp_path / "x.npz.parts"
     # While writing settings, and while writing image 3 of 5.
     parts.mkdir()
-    (parts / "sampling.json.partial").write_text("{")
-    (parts / "000003.partial").touch()
+    (parts / ".partial-1-sampling.json").write_text("{")
+    (parts / ".partial-1-000003.png").touch()
     with pytest.raises(ValueError, match="not an empty folder"):
-        draw_many(pipeline, output, 3, **STEPS)
-    (parts / "000003.partial").unlink()
-    draw_many(pipeline, output, 5, **STEPS)
+        generate_images(pipeline, output, 3, **STEPS)
+    (parts / ".partial-1-000003.png").unlink()
+    generate_images(pipeline, output, 5, **STEPS)
     first = output.read_bytes()
     output.unlink()
-    monkeypatch.setattr(many_images, "clear", lambda *_: None)
-    draw_many(pipeline, output, 3, **STEPS)
+    monkeypatch.setattr(generate, "remove_packed", lambda *_: None)
+    generate_images(pipeline, output, 3, **STEPS)
     monkeypatch.undo()
     # Between the npz and the end: the same command finds its work done.
-    (parts / "000003.partial").touch()
+    (parts / ".partial-1-000003.png").touch()
     assert (parts / "000000.png").exists()
     written = output.read_bytes()
-    draw_many(pipeline, output, 3, **STEPS)
+    generate_images(pipeline, output, 3, **STEPS)
     assert output.read_bytes() == written != first and not parts.exists()
-    draw_many(pipeline, output, 3, **STEPS)
+    generate_images(pipeline, output, 3, **STEPS)
     for other in ({"num_images": 4}, {"num_images": 3, "seed": 1}):
-        with pytest.raises(ValueError, match="is there already, of another call; nothing was changed"):
-            draw_many(pipeline, output, **other, **STEPS)
+        with pytest.raises(ValueError, match="was written by another call; give another name. Nothing was changed"):
+            generate_images(pipeline, output, **other, **STEPS)
     output.unlink()
-    draw_many(pipeline, parts, 2, **STEPS)
-    (parts / "000003.partial").touch()
-    draw_many(pipeline, output, 2, **STEPS)
+    generate_images(pipeline, parts, 2, **STEPS)
+    (parts / ".partial-1-000003.png").touch()
+    generate_images(pipeline, output, 2, **STEPS)
     assert not parts.exists(), "leftovers do not stop the end"
 
 
 def test_settings_that_can_not_be_read(pipeline, tmp_path):
-    draw_many(pipeline, tmp_path / "a", 1, **STEPS)
+    generate_images(pipeline, tmp_path / "a", 1, **STEPS)
     (tmp_path / "a" / "sampling.json").write_text("{")
     with pytest.raises(ValueError, match=r"sampling.json' can't be read .* Nothing was changed"):
-        draw_many(pipeline, tmp_path / "a", 1, **STEPS)
+        generate_images(pipeline, tmp_path / "a", 1, **STEPS)
 
 
 def test_the_model_is_weights_and_configuration(pipeline, make_model, tmp_path):
-    digest = many_images.model_digest(pipeline)
+    digest = generate.model_digest(pipeline)
     pipeline.save_pretrained(tmp_path)
-    assert many_images.model_digest(HDiTPipeline.from_pretrained(tmp_path)) == digest
+    assert generate.model_digest(HDiTPipeline.from_pretrained(tmp_path)) == digest
     pipeline.transformer.register_to_config(sample_size=[24, 24])
-    assert many_images.model_digest(pipeline) != digest
+    assert generate.model_digest(pipeline) != digest
 
 
 def test_a_cache_is_refused(make_model, tmp_path):
     model = make_model(sample_size=16, widths=(32, 32), depths=(1, 2))
     model.enable_cache(FirstBlockCacheConfig())
     with pytest.raises(ValueError, match="depends on the others of its batch; call pipe.transformer.disable_cache"):
-        draw_many(HDiTPipeline(model, EDMDPMSolverMultistepScheduler()), tmp_path / "a", 1, **STEPS)
+        generate_images(HDiTPipeline(model, EDMDPMSolverMultistepScheduler()), tmp_path / "a", 1, **STEPS)
 
 
 def test_the_progress_bar_stays_the_callers(pipeline, tmp_path):
     pipeline.set_progress_bar_config(desc="mine")
-    draw_many(pipeline, tmp_path / "a", 1, **STEPS)
+    generate_images(pipeline, tmp_path / "a", 1, **STEPS)
     assert pipeline._progress_bar_config == {"desc": "mine"}
 
 
-def test_what_is_there_is_not_drawn_again(pipeline, tmp_path):
-    draw_many(pipeline, tmp_path / "a", 4, batch_size=2, **STEPS)
+def test_existing_images_are_not_generated_again(pipeline, tmp_path):
+    generate_images(pipeline, tmp_path / "a", 4, batch_size=2, **STEPS)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").glob("*.png")}
-    draw_many(pipeline, tmp_path / "a", 4, batch_size=2, **STEPS)
+    generate_images(pipeline, tmp_path / "a", 4, batch_size=2, **STEPS)
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "a").glob("*.png")} and len(times) == 4
 
 
 def test_interrupted(pipeline, tmp_path, monkeypatch):
-    original, written = many_images.write, []
+    original, written = generate.write_image, []
 
     def failing(image, path):
         if len(written) == 3:
@@ -154,25 +154,25 @@ def test_interrupted(pipeline, tmp_path, monkeypatch):
         written.append(path)
         original(image, path)
 
-    monkeypatch.setattr(many_images, "write", failing)
+    monkeypatch.setattr(generate, "write_image", failing)
     with pytest.raises(KeyboardInterrupt):
-        draw_many(pipeline, tmp_path / "x.npz", 5, class_labels=[2, 0], batch_size=2, **STEPS)
+        generate_images(pipeline, tmp_path / "x.npz", 5, class_labels=[2, 0], batch_size=2, **STEPS)
     assert not (tmp_path / "x.npz").exists()
-    monkeypatch.setattr(many_images, "write", original)
-    draw_many(pipeline, tmp_path / "x.npz", 5, class_labels=[2, 0], batch_size=2, **STEPS)
+    monkeypatch.setattr(generate, "write_image", original)
+    generate_images(pipeline, tmp_path / "x.npz", 5, class_labels=[2, 0], batch_size=2, **STEPS)
     with np.load(tmp_path / "x.npz") as file:
         assert file["arr_0"].shape == (5, 16, 16, 3) and file["arr_0"].dtype == np.uint8
         assert file["arr_1"].tolist() == [2, 0, 2, 0, 2]
-        draw_many(pipeline, tmp_path / "y", 5, class_labels=[2, 0], batch_size=5, **STEPS)
+        generate_images(pipeline, tmp_path / "y", 5, class_labels=[2, 0], batch_size=5, **STEPS)
         assert np.abs(file["arr_0"].astype(int) - read(tmp_path / "y", 5)).max() <= 1
     assert not (tmp_path / "x.npz.parts").exists()
-    with pytest.raises(ValueError, match="is there already, of another call; nothing was changed"):
-        draw_many(pipeline, tmp_path / "x.npz", 5, **STEPS)
+    with pytest.raises(ValueError, match="was written by another call; give another name. Nothing was changed"):
+        generate_images(pipeline, tmp_path / "x.npz", 5, **STEPS)
 
 
 def test_grey_without_labels(make_model, tmp_path):
     model = make_model(sample_size=16, widths=(32, 32), depths=(1, 1), in_channels=1)
-    draw_many(HDiTPipeline(model, EDMDPMSolverMultistepScheduler()), tmp_path / "x.npz", 2, **STEPS)
+    generate_images(HDiTPipeline(model, EDMDPMSolverMultistepScheduler()), tmp_path / "x.npz", 2, **STEPS)
     with np.load(tmp_path / "x.npz") as file:
         assert file["arr_0"].shape == (2, 16, 16, 1) and file.files == ["arr_0"]
 
@@ -187,30 +187,30 @@ def test_auto_halves_the_batch_while_memory_does_not_suffice(pipeline, tmp_path,
         return original(self, *args, generator=generator, **kwargs)
 
     monkeypatch.setattr(HDiTPipeline, "__call__", short_of_memory)
-    draw_many(pipeline, tmp_path / "a", 20, **STEPS)
+    generate_images(pipeline, tmp_path / "a", 20, **STEPS)
     assert sizes == [16, 8, 4, 4, 4, 4, 4] and read(tmp_path / "a", 20).shape == (20, 16, 16, 3)
 
 
 def test_errors(pipeline, make_model, tmp_path):
-    draw_many(pipeline, tmp_path / "a", 1, **STEPS)
+    generate_images(pipeline, tmp_path / "a", 1, **STEPS)
     with pytest.raises(ValueError, match="holds images with other seed, arguments"):
-        draw_many(pipeline, tmp_path / "a", 2, seed=1, num_inference_steps=4)
+        generate_images(pipeline, tmp_path / "a", 2, seed=1, num_inference_steps=4)
     other = HDiTPipeline(make_model(sample_size=16, widths=(32, 32), depths=(1, 2)), pipeline.scheduler)
     with pytest.raises(ValueError, match="holds images with other model"):
-        draw_many(other, tmp_path / "a", 2, **STEPS)
+        generate_images(other, tmp_path / "a", 2, **STEPS)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine.txt").touch()
     with pytest.raises(ValueError, match="is not an empty folder, nor one of this script's"):
-        draw_many(pipeline, tmp_path / "b", 2, **STEPS)
+        generate_images(pipeline, tmp_path / "b", 2, **STEPS)
     with pytest.raises(ValueError, match="num_images must be at least 1"):
-        draw_many(pipeline, tmp_path / "c", 0)
+        generate_images(pipeline, tmp_path / "c", 0)
     with pytest.raises(ValueError, match="batch_size must be a positive integer or 'auto', got 'big'"):
-        draw_many(pipeline, tmp_path / "c", 1, batch_size="big")
+        generate_images(pipeline, tmp_path / "c", 1, batch_size="big")
     assert not (tmp_path / "c").exists()
 
 
 def test_two_processes_and_the_script(pipeline, tmp_path):
-    """Two processes draw what one does."""
+    """Two processes generate what one does."""
     pipeline.save_pretrained(tmp_path / "pipeline")
     script = str(REPOSITORY / "examples" / "sample_hdit.py")
     arguments = ["--pipeline", tmp_path / "pipeline", "--num_images", 5, "--num_inference_steps", 3, "--batch_size", 2]

@@ -7,16 +7,13 @@ import struct
 import numpy as np
 import pytest
 import torch
-from data_files import folder_of, load_one, picture
+from data_files import folder_of, load_one, noise_image
 from PIL import Image
 
-from diffusers_hdit.data import transforms as pixels
-from diffusers_hdit.data.dataset import load_images, to_float
+from diffusers_hdit.data import load_images, to_float, transforms
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # --- Modes and types
@@ -162,7 +159,13 @@ def test_pages_of_a_tif_are_channels(tmp_path):
         load_images(train_data_dir=tmp_path / "one", resolution=(6, 7), in_channels=4)
     pages = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     found = load_one(tmp_path / "2", pages[0], "p.tif", save={"save_all": True, "append_images": pages[1:]})
-    assert found[:, 0, 0].tolist() == [255, 0, 0], "of several pictures the first"
+    assert found[:, 0, 0].tolist() == [255, 0, 0], "of several images the first"
+
+
+def test_pages_with_palettes_are_colours(tmp_path):
+    pages = [noise_image(i).quantize(8) for i in range(3)]
+    found = load_one(tmp_path, pages[0], "p.tif", save={"save_all": True, "append_images": pages[1:]})
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), np.asarray(pages[0].convert("RGB")))
 
 
 def test_tif_that_pil_cannot_read(tmp_path):
@@ -177,7 +180,7 @@ def test_tif_that_pil_cannot_read(tmp_path):
     ):
         load_images(train_data_dir=tmp_path / "one", resolution=2, in_channels=5)
     with pytest.raises(ValueError, match="PIL cannot read this kind of TIFF"):
-        pixels.decode(io.BytesIO((tmp_path / "one" / "five.tif").read_bytes()))
+        transforms.decode(io.BytesIO((tmp_path / "one" / "five.tif").read_bytes()))
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.webp"])
@@ -204,18 +207,20 @@ def test_exif_orientation(tmp_path, name, orientation):
     assert np.abs(found[:, 4::8, 4::8].permute(1, 2, 0).numpy().astype(int) - upright[4::8, 4::8]).max() < 24
 
 
-def test_orientation_of_16_bits(tmp_path):
-    upright = np.arange(600, dtype=np.uint16).reshape(20, 30) * 100
+@pytest.mark.parametrize("name, mode", [("a.png", "I;16"), ("a.tif", "I;16"), ("a.tif", "I;16B"), ("a.tif", "L")])
+def test_orientation_of_other_modes(tmp_path, name, mode):
+    upright = np.arange(600, dtype=np.uint16).reshape(20, 30) * 100 // (1 if mode != "L" else 255)
     exif = Image.Exif()
     exif[274] = 6
-    image = Image.fromarray(np.ascontiguousarray(np.rot90(upright)))
-    found = load_one(tmp_path, image, resolution=(20, 30), in_channels=1, save={"exif": exif})
+    stored = np.ascontiguousarray(np.rot90(upright)).astype({"I;16B": ">u2", "L": "u1"}.get(mode, "<u2"))
+    image = Image.frombytes(mode, (20, 30), stored.tobytes())
+    found = load_one(tmp_path, image, name, resolution=(20, 30), in_channels=1, save={"exif": exif})
     assert np.array_equal(found[0].numpy(), upright)
 
 
 def test_broken_exif_does_not_cost_the_image(tmp_path):
-    found = load_one(tmp_path, picture(), save={"exif": b"Exif\0\0nonsense"})
-    assert np.array_equal(found.permute(1, 2, 0).numpy(), np.asarray(picture()))
+    found = load_one(tmp_path, noise_image(), save={"exif": b"Exif\0\0nonsense"})
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), np.asarray(noise_image()))
 
 
 def test_first_frame_of_an_animation(tmp_path):
@@ -228,7 +233,7 @@ def test_first_frame_of_an_animation(tmp_path):
 
 
 def test_height_comes_first(tmp_path):
-    image = picture(size=(48, 24))
+    image = noise_image(size=(48, 24))
     half = load_one(tmp_path, image, resolution=(12, 24))
     assert half.shape == (3, 12, 24)
     expected = np.asarray(image.resize((24, 12), Image.Resampling.LANCZOS))
@@ -236,7 +241,7 @@ def test_height_comes_first(tmp_path):
 
 
 def test_places_of_a_crop(tmp_path):
-    image = picture(size=(48, 24))
+    image = noise_image(size=(48, 24))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     dataset = load_images(train_data_dir=folder_of(tmp_path, "a.png", size=(48, 24)), resolution=24)
     for x, left in ((0, 0), (0.5, 12), (1, 24), (0.999, 24)):
@@ -260,7 +265,7 @@ def test_places_of_a_crop(tmp_path):
 
 def faint(size):
     """Without what Lanczos would carry beyond white or black: PIL cuts it off between the two directions, too."""
-    return Image.fromarray(np.asarray(picture(size=size)) // 3 + 85)
+    return Image.fromarray(np.asarray(noise_image(size=size)) // 3 + 85)
 
 
 def lanczos(image, size):
@@ -280,8 +285,8 @@ def lanczos(image, size):
 def test_scaling_is_lanczos(tmp_path, size, target):
     image = faint(size=size[::-1])
     found = load_one(tmp_path, image, resolution=target, center_crop=True).permute(1, 2, 0).numpy()
-    cover = pixels.cover_size(size, target)
-    top, left = pixels.crop_place(cover, target, (0.5, 0.5))
+    cover = transforms.cover_size(size, target)
+    top, left = transforms.crop_offset(cover, target, (0.5, 0.5))
     expected = lanczos(np.asarray(image).astype(np.float64), cover)[top : top + target[0], left : left + target[1]]
     # Pixels are rounded between the two directions, by at most 0.5, and at the end; weights sum up to 1.5 at most.
     assert np.abs(found - expected).max() < 1.3 and np.abs(found - expected).mean() < 0.5
@@ -292,13 +297,13 @@ def test_a_window_of_the_whole_is_the_window(tmp_path):
     rng, checked = np.random.default_rng(0), 0
     while checked < 40:
         size, target = tuple(rng.integers(20, 1200, 2).tolist()), tuple(rng.integers(8, 90, 2).tolist())
-        cover = pixels.cover_size(size, target)
+        cover = transforms.cover_size(size, target)
         if cover[0] * cover[1] > 4 * target[0] * target[1]:
             continue
-        image = picture(checked, size[::-1])
-        whole = pixels.scale(image, size, target, (0, 0, *cover))
-        top, left = pixels.crop_place(cover, target, tuple(rng.random(2)))
-        window = pixels.scale(image, size, target, (top, left, *target))
+        image = noise_image(checked, size[::-1])
+        whole = transforms.scale(image, size, target, (0, 0, *cover))
+        top, left = transforms.crop_offset(cover, target, tuple(rng.random(2)))
+        window = transforms.scale(image, size, target, (top, left, *target))
         assert np.array_equal(window, whole[:, top : top + target[0], left : left + target[1]]), (size, target)
         checked += 1
 
@@ -311,10 +316,10 @@ def test_large_images_are_decoded_smaller(tmp_path):
     for name in ("a.jpg", "a.png"):
         path = tmp_path / name
         smooth.save(path, quality=95, subsampling=0)
-        decoded = pixels.decode(path, (50, 80))
+        decoded = transforms.decode(path, (50, 80))
         assert decoded.size == (500, 800)
         assert decoded.pixels.size == ((200, 125) if name == "a.jpg" else (800, 500))
-        found = pixels.prepare(decoded, (50, 80), 3, "uint8", (0, 0)).permute(1, 2, 0).numpy()
+        found = transforms.prepare(decoded, (50, 80), 3, "uint8", (0, 0)).permute(1, 2, 0).numpy()
         assert np.abs(found - expected).max() < 8 and np.abs(found - expected).mean() < 1
 
 
@@ -322,11 +327,11 @@ def test_orientation_and_smaller_decoding(tmp_path):
     image = Image.new("RGB", (801, 403), "red")
     image.paste("blue", (0, 0, 400, 403))
     exif = Image.Exif()
-    exif[274] = 6  # to be turned clockwise: blue on top
+    exif[274] = 6  # to be rotated clockwise: blue on top
     image.save(tmp_path / "a.jpg", exif=exif)
-    decoded = pixels.decode(tmp_path / "a.jpg", (80, 40))
+    decoded = transforms.decode(tmp_path / "a.jpg", (80, 40))
     assert decoded.size == (801, 403) and decoded.pixels.size == (101, 201)
-    found = pixels.prepare(decoded, (80, 40), 3, "uint8", (0, 0))
+    found = transforms.prepare(decoded, (80, 40), 3, "uint8", (0, 0))
     assert (found[2, 5] > 245).all() and (found[0, -5] > 245).all()
 
 
@@ -334,16 +339,16 @@ def test_any_size_makes_the_resolution():
     """Rounding never puts the box outside the image, and a very long image takes no more memory than another."""
     for h, w in itertools.product((1, 2, 3, 7, 13, 29, 97), repeat=2):
         for crop in ((0, 0), (1, 1), (0.7, 0.2)):
-            decoded = pixels.Decoded(Image.new("RGB", (w, h), "red"), (h, w))
-            found = pixels.prepare(decoded, (7, 13), 3, "uint8", crop)
+            decoded = transforms.Decoded(Image.new("RGB", (w, h), "red"), (h, w))
+            found = transforms.prepare(decoded, (7, 13), 3, "uint8", crop)
             assert found.shape == (3, 7, 13) and found[0].unique().tolist() == [255]
-    decoded = pixels.Decoded(Image.new("L", (1, 60000), 9), (60000, 1))
-    assert pixels.prepare(decoded, (7, 13), 3, "uint8", (0.5, 0.5)).unique().tolist() == [9]
+    decoded = transforms.Decoded(Image.new("L", (1, 60000), 9), (60000, 1))
+    assert transforms.prepare(decoded, (7, 13), 3, "uint8", (0.5, 0.5)).unique().tolist() == [9]
 
 
 def test_small_images_are_counted(tmp_path):
     folder = folder_of(tmp_path, "a.png", "b.png")
-    picture(size=(16, 12)).save(folder / "c.png")
+    noise_image(size=(16, 12)).save(folder / "c.png")
     for _ in range(2):  # the second time from the manifest
         with pytest.warns(UserWarning, match="2 of 3 images are smaller than 12x16 and will be enlarged"):
             load_images(train_data_dir=folder, resolution=(12, 16))

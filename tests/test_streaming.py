@@ -9,8 +9,7 @@ import torch
 from data_files import manifests
 from PIL import Image
 
-from diffusers_hdit.data import streaming as stream
-from diffusers_hdit.data.dataset import load_images, make_loader
+from diffusers_hdit.data import load_images, make_loader, streaming
 
 
 datasets = pytest.importorskip("datasets")
@@ -19,9 +18,7 @@ TOTAL = sum(LENGTHS)
 SPLITS = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (4, 1, 2), (1, 8, 1)]
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +84,7 @@ def test_batches(files):
     expected = torch.tensor([[i % 5 - 2, i / 10, (1 - i) / 10] for i in rows])
     assert batch["mapping_cond"].dtype == torch.float32 and torch.allclose(batch["mapping_cond"], expected)
     starts = np.cumsum([0, *LENGTHS])
-    shard, place = batch["index"] // stream.INDICES_OF_A_SHARD, batch["index"] % stream.INDICES_OF_A_SHARD
+    shard, place = batch["index"] // streaming.INDICES_OF_A_SHARD, batch["index"] % streaming.INDICES_OF_A_SHARD
     assert [int(starts[s] + p) for s, p in zip(shard, place, strict=True)] == rows
 
 
@@ -109,7 +106,7 @@ def test_resume(files, tmp_path, seen, known):
     dataset = open_files(files, cache_dir=other)
     if known == "nonsense":
         other.mkdir(exist_ok=True)
-        stream._Shards(dataset, 1)
+        streaming._Shards(dataset, 1)
         (other / f"{next((tmp_path / 'first').glob('stream-*')).name}").write_text('{"lengths": [[99, 1]]}')
     assert numbered(dataset, 6, start=seen) == expected
     assert numbered(dataset, 6, (2, 2, 2), start=seen) == expected
@@ -119,8 +116,10 @@ def test_skipping_reads_no_shard_whose_length_is_known(files, monkeypatch):
     dataset = open_files(files)
     numbered(dataset, 200)
     dataset, read = open_files(files), []
-    rows = stream._Shards.rows
-    monkeypatch.setattr(stream._Shards, "rows", lambda self, shard, skip: read.append(skip) or rows(self, shard, skip))
+    rows = streaming._Shards.rows
+    monkeypatch.setattr(
+        streaming._Shards, "rows", lambda self, shard, skip: read.append(skip) or rows(self, shard, skip)
+    )
     next(iter(make_loader(dataset, batch_size=8, seed=1, start=1600)))
     # Each of 8 lanes reads a block of 4, and the next: shards of 3 to 9 rows.
     assert len(read) <= 8 * 5
@@ -159,23 +158,23 @@ def test_crops_are_of_the_number(tmp_path):
 
 
 def test_lanes():
-    assert [stream.number_of_lanes(1000, w) for w in (1, 2, 3, 4, 6, 8, 16, 24, 48)] == [48] * 9
-    assert [stream.number_of_lanes(1000, w) for w in (5, 7, 32, 64, 1000)] == [5, 7, 32, 64, 1000]
-    assert [stream.number_of_lanes(8, w) for w in (1, 2, 4, 8)] == [8] * 4
-    assert stream.number_of_lanes(8, 3) == 6 and stream.number_of_lanes(1, 1) == 1
+    assert [streaming.number_of_lanes(1000, w) for w in (1, 2, 3, 4, 6, 8, 16, 24, 48)] == [48] * 9
+    assert [streaming.number_of_lanes(1000, w) for w in (5, 7, 32, 64, 1000)] == [5, 7, 32, 64, 1000]
+    assert [streaming.number_of_lanes(8, w) for w in (1, 2, 4, 8)] == [8] * 4
+    assert streaming.number_of_lanes(8, 3) == 6 and streaming.number_of_lanes(1, 1) == 1
     with pytest.raises(ValueError, match="8 shards .* can't be shared by 9 processes"):
-        stream.number_of_lanes(8, 9)
+        streaming.number_of_lanes(8, 9)
 
 
 def test_what_a_run_must_keep_is_in_its_name(files):
     dataset = open_files(files)
     orders = {
-        dataset.batches(batch_size, seed=1, world_size=world_size, micro_steps=micro_steps).order
+        dataset.batch_sampler(batch_size, seed=1, world_size=world_size, micro_steps=micro_steps).fingerprint
         for batch_size, world_size, micro_steps in SPLITS
     }
     assert len(orders) == 1
-    other = open_files(files, shuffle_buffer=64).batches(8, seed=1).order
-    assert other not in orders and dataset.batches(8, seed=1, world_size=3).order not in orders
+    other = open_files(files, shuffle_buffer=64).batch_sampler(8, seed=1).fingerprint
+    assert other not in orders and dataset.batch_sampler(8, seed=1, world_size=3).fingerprint not in orders
     assert open_files(files).identity == dataset.identity != open_files(files, label_column="label").identity
 
 
@@ -238,3 +237,15 @@ def test_unreadable_images_are_replaced_and_counted(tmp_path):
 def test_no_files_are_left_behind(files, tmp_path):
     numbered(open_files(files), 20)
     assert [path.name.partition("-")[0] for path in manifests(tmp_path)] == ["stream"]
+
+
+def test_max_unreadable(tmp_path):
+    broken = {"bytes": b"no image", "path": None}
+    files = write(tmp_path / "two", [24], row_9=broken, row_17=broken)
+    for allowed in (2, 0.2):
+        with pytest.warns(UserWarning, match="replaced by others"):
+            numbered(open_files(files, max_unreadable=allowed), 3)
+    with pytest.raises(OSError, match="1 of 8 images .* cannot be read; at most 0% may"):
+        numbered(open_files(files, max_unreadable=0), 3)
+    with pytest.warns(UserWarning), pytest.raises(OSError, match="2 of .* cannot be read; at most 1 may"):
+        numbered(open_files(files, max_unreadable=1), 3)
