@@ -1,4 +1,4 @@
-"""Parts that can take the place of the paper's: each against its formula in float64, in a model, and saved."""
+"""The ablations' design choices: each against a float64 reference, in a model, and saved and loaded."""
 
 import json
 import sys
@@ -148,17 +148,17 @@ def test_axial_against_dense_float64(dtype, tolerance):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Other parts
+# Other design choices
 
 
 def test_no_position_embedding_knows_no_positions():
     """With global attention, moved patches come out moved; rotary and additive positions change them."""
     config = {**SMALL, "widths": [32], "depths": [2], "attention_types": ["global"]}
     sample, timestep = inputs(8, 8)
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    permutation = torch.randperm(16, generator=torch.Generator().manual_seed(0))
 
     def move(image):
-        patches = image.unflatten(3, (4, 2)).unflatten(2, (4, 2)).transpose(3, 4).flatten(2, 3)[:, :, order]
+        patches = image.unflatten(3, (4, 2)).unflatten(2, (4, 2)).transpose(3, 4).flatten(2, 3)[:, :, permutation]
         return patches.unflatten(2, (4, 4)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
 
     errors = {}
@@ -185,9 +185,9 @@ def test_additive_positions_are_resampled_for_other_sizes():
     torch.testing.assert_close(ramp, expected)
 
 
-def test_gelu_and_layer_norm_formulas():
+def test_gelu_and_layer_norm_against_float64():
     torch.manual_seed(0)
-    x, cond = torch.randn(2, 3, 4, 8, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
+    x, temb = torch.randn(2, 3, 4, 8, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
     feed_forward = randomize(HDiTFeedForward(8, 12, activation="gelu")).double()
     hidden = x @ feed_forward.up_proj.weight.T
     gelu = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
@@ -196,13 +196,13 @@ def test_gelu_and_layer_norm_formulas():
     norm = AdaLayerNorm(8, 6).double()
     mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
     plain = (x - mean) / (variance + 1e-6).sqrt()
-    torch.testing.assert_close(norm(x, cond), plain)
+    torch.testing.assert_close(norm(x, temb), plain)
     randomize(norm)
-    scale, shift = (cond @ norm.linear.weight.T).view(2, 1, 1, 16).split(8, dim=-1)
-    torch.testing.assert_close(norm(x, cond), plain * (1 + scale) + shift)
+    scale, shift = (temb @ norm.linear.weight.T).view(2, 1, 1, 16).split(8, dim=-1)
+    torch.testing.assert_close(norm(x, temb), plain * (1 + scale) + shift)
 
 
-def test_skip_formulas():
+def test_skips_add_and_concatenate():
     x, skip = torch.randn(1, 4, 4, 8), torch.randn(1, 4, 4, 8)
     split = torch.nn.Linear(8, 8)
     torch.testing.assert_close(SplitAndAdd(split, 8)(x, skip), split(x) + skip)
@@ -241,7 +241,7 @@ def test_saved_and_loaded(make_model, tmp_path, axis):
 
 
 @pytest.mark.parametrize("axis", AXES, ids=str)
-def test_bfloat16_loses_about_what_it_loses_with_the_papers_parts(make_model, axis):
+def test_bfloat16_loses_about_what_it_loses_with_the_papers_choices(make_model, axis):
     errors = []
     for config in ({}, axis):
         torch.manual_seed(0)
@@ -268,7 +268,7 @@ def test_differs_from_the_papers_with_the_same_weights(make_model, axis):
 
 
 def test_carried_code_runs_without_the_package(make_model, tmp_path):
-    """The file that a saved model carries has these parts too."""
+    """The file that a saved model carries has the ablations too."""
     model = make_model(**AXES[-1])
     model.save_pretrained(tmp_path)
     module = sys.modules["carried"] = types.ModuleType("carried")
@@ -307,7 +307,7 @@ def test_gradient_checkpointing_changes_nothing(make_model, axis):
 
 
 def test_compile_without_a_graph_break(make_model):
-    """As test_modeling's, for a network of all the other parts."""
+    """As in test_modeling, for a network of all the other design choices."""
     torch._dynamo.reset()
     axis = {**AXES[-1], "attention_types": ["sliding_window", "axial"]}
     model = make_model(widths=(16, 32), depths=(1, 1), mapping_depth=1, **axis)

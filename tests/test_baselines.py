@@ -48,14 +48,14 @@ def make(model_type, **overrides):
 
 def inputs(batch=2, size=16):
     generator = torch.Generator().manual_seed(1)
-    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    randn = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     return {
-        "sample": draw(batch, 3, size, size),
-        "timestep": draw(batch) / 2,
+        "sample": randn(batch, 3, size, size),
+        "timestep": randn(batch) / 2,
         "class_labels": torch.arange(batch) % 3,
-        "augment_cond": draw(batch, 9),
-        "mapping_cond": draw(batch, 2),
-        "conditioning_image": draw(batch, 4, size, size),
+        "augment_cond": randn(batch, 9),
+        "mapping_cond": randn(batch, 2),
+        "conditioning_image": randn(batch, 4, size, size),
     }
 
 
@@ -153,7 +153,7 @@ def test_unet_is_diffusers_own():
 @TYPES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_noise_levels_are_resolved(model_type, dtype):
-    """Sigmas one percent apart are told apart everywhere, in half precision too; in float64, the formula of the waves."""
+    """Sigmas one percent apart are distinguished everywhere, in half precision too; in float64, against the definition of the waves."""
     model = make(model_type).to(dtype)
     seen = []
     module = model.time_proj if model_type == "dit" else model.unet.time_proj
@@ -275,17 +275,17 @@ def test_costs_of_hdit_are_those_of_its_own_profile():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Saving and drawing
+# Saving and sampling
 
 
-def make_pipeline(model, **parts):
+def make_pipeline(model, **components):
     scheduler = EDMDPMSolverMultistepScheduler(sigma_min=0.01, sigma_max=80.0, sigma_data=0.5)
-    pipe = HDiTPipeline(model, scheduler, **parts)
+    pipe = HDiTPipeline(model, scheduler, **components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def draw(pipe, *arguments, **keywords):
+def generate(pipe, *arguments, **keywords):
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     return pipe(*arguments, num_inference_steps=3, generator=generator, output_type="latent", **keywords).images
@@ -326,19 +326,19 @@ def test_pipeline_round_trip(model_type, tmp_path):
     name = NETWORKS[model_type].__name__
     assert type(loaded.transformer) is NETWORKS[model_type]
     assert json.loads((tmp_path / "saved" / "model_index.json").read_text())["transformer"] == ["baselines", name]
-    plain, guided = draw(loaded, "dog"), draw(loaded, "dog", guidance_scale=2.0)
+    plain, guided = generate(loaded, "dog"), generate(loaded, "dog", guidance_scale=2.0)
     # The weights, bit for bit; a convolution's sums may be taken in another order.
     expected, weights = pipe.transformer.state_dict(), loaded.transformer.state_dict()
     assert all(torch.equal(weights[key], value) for key, value in expected.items())
-    assert relative_error(plain, draw(pipe, "dog")) < 1e-5 and relative_error(guided, plain) > 1e-3
+    assert relative_error(plain, generate(pipe, "dog")) < 1e-5 and relative_error(guided, plain) > 1e-3
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_PACKAGE, tmp_path / "saved", tmp_path / "image.pt"],
         capture_output=True, text=True, env={**env, "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )  # fmt: skip
     assert done.returncode == 0 and "Expected types" not in done.stderr, done.stderr
-    kind, image = torch.load(tmp_path / "image.pt")
-    assert kind == name and relative_error(image, guided) < 1e-5
+    class_name, image = torch.load(tmp_path / "image.pt")
+    assert class_name == name and relative_error(image, guided) < 1e-5
 
 
 def test_what_a_pipeline_refuses(tmp_path):
@@ -352,8 +352,8 @@ def test_what_a_pipeline_refuses(tmp_path):
 def test_a_baseline_guides_hdit(make_model):
     """Autoguidance needs only the same call."""
     model = make_model(sample_size=16, widths=(32,), depths=(1,))
-    guided = draw(make_pipeline(model, guidance_model=make("unet")), guidance_scale=2.0)
-    assert relative_error(guided, draw(make_pipeline(model))) > 1e-3
+    guided = generate(make_pipeline(model, guidance_model=make("unet")), guidance_scale=2.0)
+    assert relative_error(guided, generate(make_pipeline(model))) > 1e-3
 
 
 @TYPES
@@ -373,7 +373,7 @@ def test_the_card_says_what_it_is(model_type, tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["dit", pytest.param("unet", marks=pytest.mark.slow)])
-def test_training_and_going_on(model_type, tmp_path):
+def test_training_and_resuming(model_type, tmp_path):
     """Ends bit-equal to an uninterrupted run; all conditions, augmentation and dropout are on."""
     config = write_config(
         tmp_path,
@@ -402,7 +402,7 @@ def test_training_and_going_on(model_type, tmp_path):
     pipe = HDiTPipeline.from_pretrained(whole)
     assert type(pipe.transformer) is NETWORKS[model_type] and pipe.transformer.config.num_classes == 13
     label = pipe.id2label[0]
-    assert relative_error(draw(pipe, label, guidance_scale=3.0), draw(pipe, label)) > 1e-4
+    assert relative_error(generate(pipe, label, guidance_scale=3.0), generate(pipe, label)) > 1e-4
     assert pipe.transformer.conditioning.augment_embedder.weight.any(), "it has learned of the augmentation"
 
 

@@ -91,7 +91,7 @@ def test_number_and_scalar_tensor_timesteps(make_model):
         assert torch.equal(model(sample, 0.5, return_dict=False)[0], expected)
 
 
-def test_positions_and_rotary_against_the_formulas():
+def test_positions_and_rotary_tables_in_float64():
     y, x = axial_positions(4, 8, torch.device("cpu"))
     torch.testing.assert_close(x, torch.tensor([-0.875, -0.625, -0.375, -0.125, 0.125, 0.375, 0.625, 0.875]))
     torch.testing.assert_close(y, torch.tensor([-0.375, -0.125, 0.125, 0.375]))
@@ -136,7 +136,7 @@ def test_shifted_window_against_a_dense_mask(make_model):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What Diffusers brings
+# Features of Diffusers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -200,7 +200,7 @@ def test_gradient_checkpointing_changes_nothing(make_model, types):
         torch.testing.assert_close(grad, expected[name], msg=name)
 
 
-# As small as a network with all parts can be: compiling takes much longer than running.
+# As small as a network with all its layers can be: compiling takes much longer than running.
 TWO_LEVELS = {"widths": (16, 32), "depths": (1, 1), "mapping_depth": 1}
 
 

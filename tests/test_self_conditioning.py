@@ -185,7 +185,7 @@ class Recorder:
         return (torch.tanh(sample),)
 
 
-def drawn(numbers, self_conditioning=True, strata=None, **flags):
+def losses_and_inputs(numbers, self_conditioning=True, strata=None, **flags):
     arguments = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     args = parse_args(["--dataset_name", "x", "--output_dir", "y", *arguments])
     batch = {
@@ -201,17 +201,17 @@ def drawn(numbers, self_conditioning=True, strata=None, **flags):
     return {"loss": values, "sigma": sigmas, **recorder.calls[-1]}, recorder.calls
 
 
-def test_other_draws_are_those_of_a_model_without():
+def test_other_random_numbers_are_those_of_a_model_without():
     flags = {"augment_prob": 0.5, "task": "upscale", "upscale_factor": 2, "label_dropout": 0.5}
-    plain, once = drawn(range(8), self_conditioning=False, **flags)
-    with_it, twice = drawn(range(8), **flags)
+    plain, once = losses_and_inputs(range(8), self_conditioning=False, **flags)
+    with_it, twice = losses_and_inputs(range(8), **flags)
     assert len(once) == 1 and len(twice) == 2 and "self_cond" not in once[0] and "self_cond" not in twice[0]
     for name in set(plain) - {"loss"}:
         assert torch.equal(plain[name], with_it[name]) and torch.equal(plain[name], {**plain, **twice[0]}[name]), name
 
 
 def test_half_of_the_images_are_shown_their_estimate():
-    found, _ = drawn(range(2000))
+    found, _ = losses_and_inputs(range(2000))
     shown = found["self_cond"].flatten(1).any(1)
     assert shown.float().mean().item() == pytest.approx(0.5, abs=4 * math.sqrt(0.25 / 2000))
     sigma = found["sigma"].view(-1, 1, 1, 1)
@@ -221,19 +221,19 @@ def test_half_of_the_images_are_shown_their_estimate():
     assert abs(torch.corrcoef(torch.stack((shown.double(), found["sigma"].log().double())))[0, 1]) < 0.1
 
 
-def test_draws_follow_the_image_however_the_batch_is_divided():
+def test_random_numbers_follow_the_image_however_the_batch_is_divided():
     """Global batch of 8: image j of micro-step m on process r is number j * 4 + m * 2 + r."""
-    whole, _ = drawn(range(8), augment_prob=0.5)
+    whole, _ = losses_and_inputs(range(8), augment_prob=0.5)
     shown = whole["self_cond"].flatten(1).any(1)
     assert 0 < shown.sum() < 8
     for micro_step in range(2):
         for rank in range(2):
             places = [4 * j + 2 * micro_step + rank for j in range(2)]
             strata = {"rank": rank, "world_size": 2, "micro_step": micro_step, "micro_steps": 2}
-            part, passes = drawn(places, strata=strata, augment_prob=0.5)
+            share, passes = losses_and_inputs(places, strata=strata, augment_prob=0.5)
             assert len(passes) == 2, "also where no image of this process is shown anything"
             for name in whole:
-                torch.testing.assert_close(part[name], whole[name][places], rtol=0, atol=1e-6, msg=name)
+                torch.testing.assert_close(share[name], whole[name][places], rtol=0, atol=1e-6, msg=name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ def test_every_scheduler(make_pipeline, calls, scheduler):
 
 
 @pytest.mark.parametrize("settings", [{"guidance_rescale": 0.7}, {"adaptive_projection": {"momentum": -0.5}}], ids=str)
-def test_the_guided_estimate_is_handed_on(make_pipeline, calls, settings):
+def test_the_guided_estimate_is_passed_on(make_pipeline, calls, settings):
     """The last step ends at sigma 0, where the sampler returns what it took for the clean image."""
     pipe = make_pipeline()
     ends = []
@@ -369,23 +369,23 @@ def test_images_of_a_batch_equal_the_same_images_alone(make_pipeline, scheduler)
     # In float64: a product of more rows may be rounded otherwise, of which a random network makes much.
     pipe = make_pipeline(scheduler=scheduler).to(torch.float64)
 
-    def draw(labels, seeds):
+    def generate(labels, seeds):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return pipe(
             labels, generator=generators, num_inference_steps=4, guidance_scale=1.5, output_type="latent"
         ).images
 
-    both, alone = draw([0, 2], [7, 8]), torch.cat((draw([0], [7]), draw([2], [8])))
+    both, alone = generate([0, 2], [7, 8]), torch.cat((generate([0], [7]), generate([2], [8])))
     assert relative_error(both, alone) < 1e-5
-    assert torch.equal(both, draw([0, 2], [7, 8])), "a call leaves nothing behind for the next one"
+    assert torch.equal(both, generate([0, 2], [7, 8])), "a call leaves nothing behind for the next one"
 
 
 def test_saved_and_loaded(make_pipeline, tmp_path):
     pipe = make_pipeline()
     pipe.save_pretrained(tmp_path)
     loaded = HDiTPipeline.from_pretrained(tmp_path)
-    draw = lambda p: p(0, latents=image(0, 1, 3, 32, 32), num_inference_steps=3, output_type="latent").images  # noqa: E731
-    assert torch.equal(draw(loaded), draw(pipe))
+    generate = lambda p: p(0, latents=image(0, 1, 3, 32, 32), num_inference_steps=3, output_type="latent").images  # noqa: E731
+    assert torch.equal(generate(loaded), generate(pipe))
 
 
 def test_the_ode_is_that_of_the_model_without_estimates(make_pipeline):

@@ -17,8 +17,8 @@ from ..ops.neighborhood import sliding_window_attention
 
 
 class HDiTSlidingWindowAttnProcessor:
-    """Every token attends to the kernel_size × kernel_size tokens centred on it, and to fewer at a border (Ramachandran et
-    al. 2019, "Stand-Alone Self-Attention in Vision Models", arXiv 1906.05909)."""
+    """Every token attends to the kernel_size × kernel_size tokens centred on it, and to fewer at a border
+    (Ramachandran et al. 2019, "Stand-Alone Self-Attention in Vision Models", arXiv 1906.05909)."""
 
     def __init__(self, kernel_size: int):
         self.kernel_size = kernel_size
@@ -41,9 +41,10 @@ class HDiTAxialAttnProcessor:
     Attention inside every row, then inside every column (Ho et al. 2019, "Axial Attention in Multidimensional
     Transformers", arXiv 1912.12180).
 
-    Both happen in one block and share its projections: the queries and keys are the same, and the output of the rows is
-    the value of the columns. So every token reaches every other one through the token in its row and the other's column,
-    with as many parameters as with any other processor. (Ho et al. give each axis a layer with its own projections.)
+    Both happen in one block and share its projections: the queries and keys are the same, and the output of the rows
+    is the value of the columns. So every token reaches every other one through the token in its row and the other's
+    column, with as many parameters as with any other processor. (Ho et al. give each axis a layer with its own
+    projections.)
     """
 
     _attention_backend = None
@@ -76,8 +77,8 @@ class HDiTAxialAttnProcessor:
 
 class AdaLayerNorm(nn.Module):
     """
-    LayerNorm of `(B, h, w, D)` with a scale of 1 + s and a shift t, both linear maps of the conditioning `(B, M)` that are
-    zero at initialization (Peebles and Xie 2023, arXiv 2212.09748, without their gate).
+    LayerNorm of `(B, h, w, D)` with a scale of 1 + s and a shift t, both linear maps of the conditioning `(B, M)` that
+    are zero at initialization (Peebles and Xie 2023, arXiv 2212.09748, without their gate).
     """
 
     def __init__(self, dim: int, cond_dim: int):
@@ -96,8 +97,8 @@ class AdaLayerNorm(nn.Module):
 
 class PatchInWithPositions(nn.Module):
     """
-    Map patches `(B, H, W, C)` to tokens `(B, h, w, D)` and add a learned vector for each place (Dosovitskiy et al. 2021,
-    arXiv 2010.11929).
+    Map patches `(B, H, W, C)` to tokens `(B, h, w, D)` and add a learned vector for each place (Dosovitskiy et al.
+    2021, arXiv 2010.11929).
 
     The vectors are those of the model's sample_size. For other sizes they are resampled linearly; with `keep_spacing`,
     the grid keeps its spacing instead, and tokens outside of it get the vectors of its border.
@@ -166,8 +167,8 @@ ABLATION_PROCESSORS = {
     "axial": lambda level, index: HDiTAxialAttnProcessor(),
     "sliding_window": lambda level, index: HDiTSlidingWindowAttnProcessor(level.kernel_size),
 }
-# The activation of a feed-forward, and how many times its hidden width go in. GELU without a gate, as in ViT and DiT, has
-# the hidden width of GEGLU, and so fewer weights.
+# The activation of a feed-forward, and how many times its hidden width go in. GELU without a gate, as in ViT and DiT,
+# has the hidden width of GEGLU, and so fewer weights.
 ABLATION_ACTIVATIONS = {"gelu": (F.gelu, 1)}
 ABLATION_NORMS = {"ada_layer_norm": AdaLayerNorm}
 ABLATION_POSITIONS = {"additive": PatchInWithPositions}

@@ -1,7 +1,7 @@
-"""Networks that HDiT is compared with, made of Diffusers' parts, in pixel space, called exactly as `HDiTModel` is.
+"""Pixel-space baselines for HDiT, built from Diffusers' DiT and U-Net and called exactly as `HDiTModel` is.
 
 Both predict F of the EDM preconditioning (Karras et al. 2022, arXiv 2206.00364, equation 7) from the sample times c_in
-and c_noise = ln(sigma)/4, so that loss, samplers, guidance and pipelines are those of HDiT, and only the network differs.
+and c_noise = ln(sigma)/4, so that loss, samplers, guidance and pipelines are those of HDiT; only the network differs.
 
 Shapes: B batch, C channels, H×W pixels, E width of the embedding of everything that conditions a sample.
 """
@@ -22,18 +22,18 @@ from ..utils.remote_code import RemoteCodeMixin, SafeWeights
 from .checks import check_counts, check_inputs, pair
 
 
-# The sinusoidal embeddings of both networks were made for the whole numbers from 0 to 999: their fastest wave turns by
-# one radian a unit. c_noise spans 3.5 units in all, over which most waves would not move. This factor lets sigma from
-# 1e-3 to 1e3 span 863 units, 0.6 for each percent of sigma.
+# The sinusoidal embeddings of both networks were designed for the whole numbers from 0 to 999: their fastest wave
+# advances by one radian per unit. c_noise spans 3.5 units in all, over which most waves would hardly change. With this
+# factor, sigma from 1e-3 to 1e3 spans 863 units, 0.6 for each percent of sigma.
 TIME_SCALE = 250.0
 
 
 class ConditionEmbedding(nn.Module):
     """
-    Everything but the noise level, embedded and summed: `(B, E)`.
+    Embed and sum everything but the noise level: `(B, E)`.
 
-    The maps of augmentation and vector conditions are linear, without bias and zero at the start, as the one for
-    augmentation in Karras et al. 2022 (appendix F.2); what is left out counts as zeros.
+    The maps of augmentation and vector conditions are linear, without bias and zero at initialization, as the one for
+    augmentation in Karras et al. 2022 (appendix F.2); conditions that are not given count as zeros.
     """
 
     def __init__(self, dim: int, num_classes: int | None, augment_cond_dim: int, mapping_cond_dim: int):
@@ -51,7 +51,7 @@ class ConditionEmbedding(nn.Module):
         augment_cond: Tensor | None,
         mapping_cond: Tensor | None,
     ) -> Tensor:
-        """In the dtype and on the device of the `sample`."""
+        """Return the embedding in the dtype and on the device of the `sample`."""
         batch = len(sample)
         temb = sample.new_zeros(batch, self.dim)
         if self.class_embedder is not None:
@@ -60,7 +60,7 @@ class ConditionEmbedding(nn.Module):
             temb = temb + self.class_embedder(class_labels)
         for embedder, value in ((self.augment_embedder, augment_cond), (self.mapping_cond_embedder, mapping_cond)):
             if embedder is not None:
-                # Zeros too go through: parameters without a gradient would stop distributed training.
+                # Zeros are mapped too: parameters without a gradient would stop distributed training.
                 value = sample.new_zeros(batch, embedder.in_features) if value is None else value.to(sample.dtype)
                 temb = temb + embedder(value)
         return temb
@@ -75,9 +75,10 @@ def zero_linear(in_features: int, out_features: int) -> nn.Linear | None:
 
 
 class PixelBaseline(RemoteCodeMixin, SafeWeights, ModelMixin, ConfigMixin):
-    """What the baselines have in common: their call, and what pipelines and the training script ask of a network.
+    """
+    The common base of the baselines: their `forward`, and what pipelines and training need of a network.
 
-    A subclass makes `conditioning` and computes `predict(sample, time, temb)`.
+    A subclass makes `conditioning` and implements `predict(sample, time, temb)`.
     """
 
     _auto_class = "AutoModel"
@@ -107,7 +108,7 @@ class PixelBaseline(RemoteCodeMixin, SafeWeights, ModelMixin, ConfigMixin):
         check_inputs(self, sample, class_labels, augment_cond, mapping_cond, conditioning_image)
         dtype = self.dtype
         sample = sample.to(dtype)
-        # In float32 at least, and never a whole number: bfloat16 or a cast would merge neighbouring noise levels.
+        # In float32 or better, and never rounded to integers: that would merge neighbouring noise levels.
         timestep = torch.as_tensor(timestep, dtype=torch.promote_types(dtype, torch.float32), device=sample.device)
         temb = self.conditioning(sample, class_labels, augment_cond, mapping_cond)
         if conditioning_image is not None:
@@ -117,8 +118,8 @@ class PixelBaseline(RemoteCodeMixin, SafeWeights, ModelMixin, ConfigMixin):
 
     def set_gradient_checkpointing_levels(self, levels: Sequence[int]) -> None:
         """
-        A baseline has one level, 0: what of its blocks Diffusers recomputes in the backward pass (the DiT's blocks; the
-        U-Net's residual layers) is recomputed, or (an empty list) nothing.
+        Recompute in the backward pass what Diffusers checkpoints in this network (the DiT's blocks, the U-Net's
+        residual layers). A baseline has one level, 0; an empty list recomputes nothing.
 
         Raises:
             ValueError: for another level.
@@ -133,7 +134,7 @@ class PixelBaseline(RemoteCodeMixin, SafeWeights, ModelMixin, ConfigMixin):
 
 
 class GivenEmbedding(nn.Module):
-    """Stands in a block for an embedding of noise level and class: hands on the one that is made once for all blocks."""
+    """Return the embedding that is computed once for all blocks, in place of a block's own embedding."""
 
     def forward(self, timestep: Tensor, class_labels: None = None, hidden_dtype: torch.dtype | None = None) -> Tensor:
         return timestep.to(hidden_dtype)
@@ -141,16 +142,16 @@ class GivenEmbedding(nn.Module):
 
 class DiTPixelModel(PixelBaseline):
     r"""
-    The plain Diffusion Transformer (Peebles & Xie 2023, arXiv 2212.09748), Diffusers' `DiTTransformer2DModel`, on pixels.
+    The plain Diffusion Transformer (Peebles & Xie 2023, arXiv 2212.09748), as Diffusers' `DiTTransformer2DModel`.
 
-    As in the paper, noise level and class are embedded once for all blocks (Diffusers gives each block an embedding of
-    its own, filled with copies by its conversion), and weights start as in the paper's code: adaptive norms, gates and
-    the last layer at zero, of which Diffusers' class, made for inference, knows nothing. Labels are dropped by whoever
-    trains, not by the network, and the output has no channels for a learned variance, which EDM does not use.
+    As in the paper, noise level and class are embedded once for all blocks (in Diffusers' class each block has its own
+    embedding, and its conversion script fills them with copies), and weights are initialized as in the paper's code,
+    with adaptive norms, gates and the last layer at zero (Diffusers' class, made for inference, does not do that).
+    Training drops labels, not the network, and the output has no channels for a learned variance, unused by EDM.
 
     Args:
-        sample_size (`int`, or twice the same): height and width in pixels; the table of positions is made for this size
-            and no other one.
+        sample_size (`int` or `(int, int)`): height and width in pixels, equal; the network takes images of this size
+            only, which its table of positions is made for.
         in_channels, out_channels, num_classes, augment_cond_dim, mapping_cond_dim, conditioning_channels: as in
             `HDiTModel`.
         patch_size (`int`): side in pixels of a token.
@@ -183,20 +184,20 @@ class DiTPixelModel(PixelBaseline):
         conditioning_channels: int = 0,
     ):
         super().__init__()
-        names = ("in_channels", "out_channels", "num_classes", "patch_size", "num_layers", "num_attention_heads")
-        check_counts(self.config, *names, "attention_head_dim")
+        check_counts(self.config, "patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
         self.sample_size = pair("sample_size", sample_size)
         height, width = self.sample_size
         if height != width or height % patch_size:
             raise ValueError(
-                f"sample_size {height}×{width} must be square and a multiple of patch_size {patch_size}: the positions of "
-                "DiTTransformer2DModel are those of a square grid. HDiTModel and UNetPixelModel take other shapes."
+                f"sample_size {height}×{width} must be square and a multiple of patch_size {patch_size}: the "
+                "positions of DiTTransformer2DModel are those of a square grid. HDiTModel and UNetPixelModel take "
+                "other shapes."
             )
         dim = num_attention_heads * attention_head_dim
         if dim % 4:
             raise ValueError(
-                f"num_attention_heads {num_attention_heads} times attention_head_dim {attention_head_dim} is {dim}; it "
-                "must be a multiple of 4 (sines and cosines of rows and of columns)."
+                f"num_attention_heads {num_attention_heads} times attention_head_dim {attention_head_dim} is {dim}; "
+                "it must be a multiple of 4 (sines and cosines of rows and of columns)."
             )
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=1)
         self.time_embedder = TimestepEmbedding(256, dim)
@@ -210,14 +211,14 @@ class DiTPixelModel(PixelBaseline):
             dropout=dropout,
             sample_size=height,
             patch_size=patch_size,
-            num_embeds_ada_norm=1,  # of the embeddings that are replaced
+            num_embeds_ada_norm=1,  # of the embeddings that are replaced below
         )
         for block in self.transformer.transformer_blocks:
             block.norm1.emb = GivenEmbedding()
         self.initialize()
 
     def initialize(self) -> None:
-        """Weights at the start of a training, as the paper's code has them (facebookresearch/DiT)."""
+        """Initialize the weights as the paper's code does (facebookresearch/DiT)."""
         for module in self.transformer.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -237,16 +238,16 @@ class DiTPixelModel(PixelBaseline):
 
     @property
     def size_rule(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """As in `HDiTModel`; the only size is both the least one and the divisor."""
+        """As in `HDiTModel`; the only size is both the minimum and the divisor."""
         return self.sample_size, self.sample_size
 
     def check_size(self, height: int, width: int) -> None:
-        """Raises ValueError for all sizes but the one that it was made for."""
+        """Raise ValueError for all sizes but the one that the network was made for."""
         if (height, width) != self.sample_size:
             made_for = "×".join(map(str, self.sample_size))
             raise ValueError(
-                f"this model can't process {height}×{width} images: a DiTPixelModel takes only the size that it was made "
-                f"for, {made_for}."
+                f"this model can't process {height}×{width} images: a DiTPixelModel takes only the size that it was "
+                f"made for, {made_for}."
             )
 
 
@@ -257,19 +258,19 @@ class DiTPixelModel(PixelBaseline):
 class UNetPixelModel(PixelBaseline):
     r"""
     The U-Net of Diffusers' example of unconditional image generation, `UNet2DModel`, a descendant of DDPM's (Ho et al.
-    2020, arXiv 2006.11239). Weights start as Diffusers has them.
+    2020, arXiv 2006.11239). Weights are initialized as in Diffusers.
 
     Args:
-        sample_size (`int` or `(int, int)`): height and width in pixels of the images the model is trained on. It takes
-            all sizes that can be halved once less often than there are blocks.
+        sample_size (`int` or `(int, int)`): height and width in pixels of the images the model is trained on. The
+            network takes all sizes that can be halved between its blocks.
         in_channels, out_channels, num_classes, augment_cond_dim, mapping_cond_dim, conditioning_channels: as in
             `HDiTModel`.
         block_out_channels (`Sequence[int]`): channels of each block, from the outermost to the innermost, multiples of
-            `norm_num_groups`; the default is the example's. For small images, fewer and narrower ones.
+            `norm_num_groups`; the default is the example's. Small images need fewer and narrower blocks.
         layers_per_block (`int`): residual layers of a block on the way down; one more on the way up.
         attention_blocks (`Sequence[int]`, *optional*): numbers of the blocks with attention, 0 the outermost. Default:
             the last but one, the example's fifth. The middle always has it.
-        attention_head_dim (`int`): divides the channels of what has attention.
+        attention_head_dim (`int`): a divisor of the channels of the blocks with attention.
         norm_num_groups (`int`): groups of the group norms.
         dropout (`float`): in the residual layers.
 
@@ -299,15 +300,7 @@ class UNetPixelModel(PixelBaseline):
         conditioning_channels: int = 0,
     ):
         super().__init__()
-        names = (
-            "in_channels",
-            "out_channels",
-            "num_classes",
-            "layers_per_block",
-            "attention_head_dim",
-            "norm_num_groups",
-        )
-        check_counts(self.config, *names)
+        check_counts(self.config, "layers_per_block", "attention_head_dim", "norm_num_groups")
         count = len(block_out_channels)
         attention_blocks = [max(count - 2, 0)] if attention_blocks is None else attention_blocks
         check_blocks(block_out_channels, attention_blocks, attention_head_dim, norm_num_groups)
@@ -340,20 +333,20 @@ class UNetPixelModel(PixelBaseline):
         return (self.divisor, self.divisor), (self.divisor, self.divisor)
 
     def check_size(self, height: int, width: int) -> None:
-        """Raises ValueError unless images of height × width pixels can be halved between all blocks."""
+        """Raise ValueError unless images of height × width pixels can be halved between all blocks."""
         if height % self.divisor or width % self.divisor or min(height, width) < 1:
             nearest = "×".join(str(max(1, round(size / self.divisor)) * self.divisor) for size in (height, width))
             raise ValueError(
-                f"This model can't process {height}×{width} images: both must be multiples of {self.divisor} (its blocks "
-                f"halve them {int(math.log2(self.divisor))} times); the nearest that works: {nearest}. Or give it fewer "
-                "block_out_channels."
+                f"This model can't process {height}×{width} images: both must be multiples of {self.divisor} (its "
+                f"blocks halve them {int(math.log2(self.divisor))} times); the nearest that works: {nearest}. Or "
+                "give it fewer block_out_channels."
             )
 
 
 def check_blocks(
     block_out_channels: Sequence[int], attention_blocks: Sequence[int], attention_head_dim: int, norm_num_groups: int
 ) -> None:
-    """Raises ValueError unless the blocks of a U-Net fit their norms and their attention."""
+    """Raise ValueError unless the channels of a U-Net's blocks fit their norms and their attention."""
     channels = list(block_out_channels)
     if not channels or any(width < 1 or width % norm_num_groups for width in channels):
         raise ValueError(
@@ -367,6 +360,6 @@ def check_blocks(
     attending = {channels[i] for i in attention_blocks} | {channels[-1]}
     if any(width % attention_head_dim for width in attending):
         raise ValueError(
-            f"attention_head_dim {attention_head_dim} must divide the channels of the blocks with attention and of the "
-            f"last one, {sorted(attending)}."
+            f"attention_head_dim {attention_head_dim} must divide the channels of the blocks with attention and of "
+            f"the last one, {sorted(attending)}."
         )

@@ -47,7 +47,8 @@ class Level:
             return
         if self.head_dim < 8 or self.head_dim % 8 or self.width % self.head_dim:
             raise ValueError(
-                f"{where}: attention_head_dim {self.head_dim} must be a multiple of 8 that divides the width {self.width}."
+                f"{where}: attention_head_dim {self.head_dim} must be a multiple of 8 that divides the width "
+                f"{self.width}."
             )
         if self.type in ("neighborhood", "sliding_window") and (self.kernel_size < 1 or self.kernel_size % 2 == 0):
             raise ValueError(f"{where}: kernel_size must be odd and positive, got {self.kernel_size}.")
@@ -78,8 +79,8 @@ def resolve_levels(config: Mapping, allowed_types: Sequence[str]) -> list[Level]
             return [value] * count
         if len(value) != count:
             raise ValueError(
-                f"{name} has {len(value)} entries, but widths has {count}: {name}={list(value)}, widths={list(widths)}. "
-                f"Give one entry per level."
+                f"{name} has {len(value)} entries, but widths has {count}: {name}={list(value)}, "
+                f"widths={list(widths)}. Give one entry per level."
             )
         return list(value)
 
@@ -109,11 +110,16 @@ def check_choice(name: str, value: str | bool, allowed: Sequence) -> None:
 
 
 def check_counts(config: Mapping, *names: str) -> None:
-    """Check that the arguments `names`, where they are not None, are at least 1, and those that a network can lack 0."""
-    for name in (*names, "augment_cond_dim", "mapping_cond_dim", "conditioning_channels"):
-        least = 1 if name in names else 0
-        if config[name] is not None and config[name] < least:
-            raise ValueError(f"{name} must be at least {least}, got {config[name]}.")
+    """Check that channels, classes and the arguments `names` are positive, and sizes of conditions not negative."""
+    for name in ("in_channels", "out_channels", "num_classes", *names):
+        check_at_least(1, name, config[name])
+    for name in ("augment_cond_dim", "mapping_cond_dim", "conditioning_channels"):
+        check_at_least(0, name, config[name])
+
+
+def check_at_least(least: int, name: str, value: int | None) -> None:
+    if value is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -159,7 +165,8 @@ def check_inputs(
             raise ValueError(f"{name} was given, but this model has {name}_dim=0. Leave it out.")
         if value is not None and tuple(value.shape) != (batch, dim):
             raise ValueError(
-                f"{name} must have shape ({batch}, {dim}) for this model with {name}_dim={dim}, got {tuple(value.shape)}."
+                f"{name} must have shape ({batch}, {dim}) for this model with {name}_dim={dim}, got "
+                f"{tuple(value.shape)}."
             )
 
 

@@ -1,9 +1,9 @@
-"""The Hourglass Diffusion Transformer, from the patches in to the patches out, in the order of the paper.
+"""The Hourglass Diffusion Transformer, from patch in to patch out, in the order of the paper.
 
 Crowson et al., "Scalable High-Resolution Pixel-Space Image Synthesis with Hourglass Diffusion Transformers",
 ICML 2024, arXiv 2401.11605.
 
-    patch in -> positions (RoPE) -> conditioning -> blocks (norm, attention, feed-forward), merge, ... split -> patch out
+    patch in -> RoPE -> conditioning -> blocks (norm, attention, norm, feed-forward), merge, ..., split -> patch out
 
 Shapes: B batch, C channels, H×W pixels, h×w tokens of a level, D width of a level, n heads, d head dim,
 M mapping width. Tokens are channels-last, (B, h, w, D), throughout.
@@ -12,7 +12,6 @@ M mapping width. Tokens are channels-last, (B, h, w, D), throughout.
 import math
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +20,8 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from ..ops.cosine import cosine_similarity
@@ -48,18 +47,6 @@ from .checks import Level, check_counts, check_design_choices, check_inputs, che
 RotaryTables = tuple[Tensor, Tensor] | None
 
 
-@dataclass
-class HDiTModelOutput(BaseOutput):
-    """
-    The output of [`HDiTModel`].
-
-    Args:
-        sample (`torch.Tensor` of shape `(B, C, H, W)`): the raw network output F, not yet the denoised image.
-    """
-
-    sample: Tensor
-
-
 def zero_init(linear: nn.Linear) -> nn.Linear:
     nn.init.zeros_(linear.weight)
     return linear
@@ -70,7 +57,7 @@ def zero_init(linear: nn.Linear) -> nn.Linear:
 
 
 class TokenMerge(nn.Module):
-    """Merge p×q tokens into one, `(B, p·h, q·w, D) -> (B, h, w, D')`; their features are in the order (row, column, channel)."""
+    """Merge p×q tokens into one, `(B, p·h, q·w, D) -> (B, h, w, D')`, in the order (row, column, channel)."""
 
     def __init__(self, in_features: int, out_features: int, patch_size: tuple[int, int] = (2, 2)):
         super().__init__()
@@ -104,9 +91,8 @@ class TokenSplitWithSkip(TokenSplit):
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
-        self.fac = nn.Parameter(
-            torch.full((1,), 0.5)
-        )  # the lerp weight, under its name in the reference's checkpoints
+        # The lerp weight; the reference's checkpoints call it `fac`.
+        self.fac = nn.Parameter(torch.full((1,), 0.5))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = super().forward(x)
@@ -114,8 +100,8 @@ class TokenSplitWithSkip(TokenSplit):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Positions: axial rotary embeddings, RoPE (Su et al. 2021, "RoFormer", arXiv 2104.09864). `normalize_and_rotate` of `ops`
-# applies them to queries and keys.
+# Positions: axial rotary embeddings, RoPE (Su et al. 2021, "RoFormer", arXiv 2104.09864). `normalize_and_rotate`
+# of `ops` applies them to queries and keys.
 
 
 def axial_positions(height: int, width: int, device: torch.device, across: int | None = None) -> tuple[Tensor, Tensor]:
@@ -134,7 +120,7 @@ def axial_positions(height: int, width: int, device: torch.device, across: int |
 
 
 def axial_rotary_frequencies(num_heads: int, head_dim: int, device: torch.device | None = None) -> Tensor:
-    """Return frequencies `(n, d/8)`, log-spaced over [π, 10π) and dealt out to the heads in turn, as in the reference."""
+    """Return frequencies `(n, d/8)`, log-spaced over [π, 10π), dealt out to the heads in turn as in the reference."""
     count = num_heads * head_dim // 8
     frequencies = torch.linspace(
         math.log(math.pi), math.log(10 * math.pi), count + 1, device=device, dtype=torch.float32
@@ -159,12 +145,12 @@ def hourglass_rotary_tables(
     height: int, width: int, across: int | None, heads: tuple[tuple[int, int] | None, ...], device: torch.device
 ) -> list[tuple[Tensor, Tensor] | None]:
     """
-    Return the `axial_rotary_tables` of each level, where a token's position is the mean of the 2×2 that it was merged from.
+    Return the `axial_rotary_tables` of each level, where a token's position is the mean of those it was merged from.
 
     Args:
         height, width: tokens of the outermost level.
         across: see `axial_positions`.
-        heads: (number, channels) of each level's heads; None for a level without rotary embeddings, which gets no tables.
+        heads: (number, channels) of each level's heads; None for a level without RoPE, which gets no tables.
     """
     tables = []
     y, x = axial_positions(height, width, device, across)
@@ -209,7 +195,7 @@ class RMSNorm(nn.Module):
 
 
 class AdaRMSNorm(nn.Module):
-    """RMSNorm of `(B, h, w, D)` whose scale is 1 + a linear map of the conditioning `(B, M)`; statistics in float32."""
+    """RMSNorm of `(B, h, w, D)` with the scale 1 + a linear map of the conditioning `(B, M)`."""
 
     def __init__(self, dim: int, cond_dim: int):
         super().__init__()
@@ -224,7 +210,7 @@ class AdaRMSNorm(nn.Module):
 
 
 class FourierFeatures(nn.Module):
-    """Map `(B, in)` to cosines and sines of 2π x Wᵀ, `(B, M)`; the random W `(M/2, in)` is fixed and saved as a weight."""
+    """Map `(B, in)` to cosines and sines of 2π x Wᵀ, `(B, M)`; the random W `(M/2, in)` is fixed and saved."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -316,8 +302,8 @@ class HDiTConditioning(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Attention processors decide which tokens attend to each other. All divide queries and keys by their norm, multiply them
-# by the square root of a learned scale, and rotate them by their position; attention then runs with a softmax scale of 1.
+# Attention processors decide which tokens attend to each other. All divide queries and keys by their norm, multiply
+# them by the square root of a learned scale, and rotate them by their position; the softmax then has a scale of 1.
 
 
 class HDiTAttnProcessor:
@@ -372,8 +358,8 @@ class HDiTShiftedWindowAttnProcessor:
     """
     Attention inside windows of a grid that is rolled by `shift` (Liu et al. 2021, arXiv 2103.14030).
 
-    It always runs PyTorch's scaled dot product attention: a shifted window needs a mask, which most backends of Diffusers
-    do not take.
+    It always runs PyTorch's scaled dot product attention: a shifted window needs a mask, which most backends of
+    Diffusers do not take.
     """
 
     def __init__(self, window_size: int, shift: int):
@@ -416,7 +402,7 @@ class HDiTAttention(nn.Module, AttentionModuleMixin):
     """
     Cosine-similarity attention, `(B, h, w, D) -> (B, h, w, D)`.
 
-    The module has the weights; its processor, which `set_processor` exchanges, decides which tokens attend to each other.
+    The module has the weights; its processor (see `set_processor`) decides which tokens attend to each other.
     """
 
     _default_processor_cls = HDiTAttnProcessor
@@ -455,7 +441,7 @@ class HDiTAttention(nn.Module, AttentionModuleMixin):
         return tuple(x.unflatten(-1, (-1, self.head_dim)) for x in projected)
 
     def rotated_qkv(self, hidden_states: Tensor, image_rotary_emb: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the same, with queries and keys normalized to the length sqrt(scale) and rotated by their position."""
+        """Return the same, with queries and keys normalized to the length sqrt(scale), then rotated."""
         query, key, value = self.project_qkv(hidden_states)
         query = cosine_similarity(query, self.scale, image_rotary_emb)
         return query, cosine_similarity(key, self.scale, image_rotary_emb), value
@@ -466,8 +452,8 @@ class HDiTAttention(nn.Module, AttentionModuleMixin):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The design choices by their names in the configuration; the first of each is the paper's. Ablations are registered here:
-# a processor is made by a function of the level and of the block's index in it, counted on through the up path.
+# The design choices by their names in the configuration; the first of each is the paper's. Ablations are registered
+# here: a processor is made by a function of the level and of the block's index in it, counted on through the up path.
 
 ATTENTION_PROCESSORS = {
     "neighborhood": lambda level, index: HDiTNeighborhoodAttnProcessor(level.kernel_size),
@@ -569,22 +555,22 @@ class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, Config
         mapping_cond_dim (`int`): length of the vector condition, 0 for none.
         conditioning_channels (`int`): channels of an image that conditions the network, for instance one to be
             upscaled; 0 for none.
-        position_embedding (`str`): "rope"; "additive", learned vectors that are added to the outermost tokens, resampled
-            for sizes other than sample_size; or "none".
-        skip (`str`): how a skip and the inner level's output are merged: "lerp", "add" or "concat" (and a linear map back
-            to the width).
+        position_embedding (`str`): "rope"; "additive", learned vectors that are added to the outermost tokens,
+            resampled for sizes other than sample_size; or "none".
+        skip (`str`): how a skip and the inner level's output are merged: "lerp", "add" or "concat" (and a linear map
+            back to the width).
         activation (`str`): "geglu" or "gelu" in the feed-forwards of the blocks; the mapping network has GEGLU always.
         norm (`str`): "ada_rms_norm" or "ada_layer_norm" in the blocks.
-        self_conditioning (`bool`): whether the network also sees an earlier estimate of the clean image (Chen et al. 2022,
-            arXiv 2208.04202), as `self_cond`.
+        self_conditioning (`bool`): whether the network also sees an earlier estimate of the clean image (Chen et al.
+            2022, arXiv 2208.04202), as `self_cond`.
         position_size (`int` or `(int, int)`, *optional*): see `set_position_size`.
 
     `position_embedding`, `skip`, `activation`, `norm`, `self_conditioning`, "axial" and "sliding_window" are for
     ablations (see `ablations.py`); the defaults are the paper's.
 
     Raises:
-        ValueError: for lists of different lengths, sizes that do not fit each other, unknown design choices, and choices
-            about something that the model does not have (skips between the levels of a model of one level).
+        ValueError: for lists of different lengths, sizes that do not fit each other, unknown design choices, and
+            choices about something that the model does not have (skips between the levels of a model of one level).
     """
 
     # config.json then says which file Diffusers' AutoModel finds this class in.
@@ -632,11 +618,11 @@ class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, Config
         self.levels = resolve_levels(self.config, tuple(ATTENTION_PROCESSORS))
         check_design_choices(self.config, self.levels, DESIGN_CHOICES)
         self.patch_size = pair("patch_size", patch_size)
-        check_counts(self.config, "in_channels", "mapping_width", "num_classes")
+        check_counts(self.config, "mapping_width")
         if self_conditioning and out_channels not in (None, in_channels):
             raise ValueError(
-                "self_conditioning=True shows the network its own output, which must then be an image like its input; got "
-                f"in_channels={in_channels}, out_channels={out_channels}. Leave out_channels out."
+                "self_conditioning=True shows the network its own output, which must then be an image like its input; "
+                f"got in_channels={in_channels}, out_channels={out_channels}. Leave out_channels out."
             )
         if mapping_width % 2:
             raise ValueError(f"mapping_width must be even (half cosines, half sines), got {mapping_width}.")
@@ -688,19 +674,19 @@ class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, Config
         conditioning_image: Tensor | None = None,
         self_cond: Tensor | None = None,
         return_dict: bool = True,
-    ) -> HDiTModelOutput | tuple[Tensor]:
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
         """
         Args:
             sample (`(B, C, H, W)`): noised image, already multiplied by c_in.
-            timestep (number or `(B,)`): c_noise = ln(sigma) / 4, what Diffusers' EDM schedulers hand over.
+            timestep (number or `(B,)`): c_noise = ln(sigma) / 4, which is the timestep of Diffusers' EDM schedulers.
             class_labels (`(B,)` int64, *optional*): `num_classes` or None mean "no label".
             augment_cond (`(B, augment_cond_dim)`, *optional*): zeros (not augmented) if not given.
             mapping_cond (`(B, mapping_cond_dim)`, *optional*): adds nothing if not given.
-            conditioning_image (`(B, conditioning_channels, H, W)`): for a model with conditioning_channels, which needs
-                it; of the sample's size, at unit scale whatever the noise level.
-            self_cond (`(B, C, H, W)`, *optional*): for a model with self_conditioning: an earlier estimate of the clean
-                image, the denoised image D as it is: in the images' units, [-1, 1] or a little more, not multiplied by
-                c_in. Zeros mean that there is none, as if not given.
+            conditioning_image (`(B, conditioning_channels, H, W)`): for a model with conditioning_channels, which
+                needs it; of the sample's size, at unit scale whatever the noise level.
+            self_cond (`(B, C, H, W)`, *optional*): for a model with self_conditioning: an earlier estimate of the
+                clean image, the denoised image D as it is: in the images' units, [-1, 1] or a little more, not
+                multiplied by c_in. Zeros mean that there is none, as if not given.
 
         Returns:
             F, the raw network output, `(B, out_channels, H, W)` in the model's dtype.
@@ -735,7 +721,7 @@ class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, Config
                 hidden_states = self.run_block(level, block, hidden_states, temb, image_rotary_embs[level])
 
         output = self.patch_out(self.norm_out(hidden_states)).permute(0, 3, 1, 2).contiguous()
-        return HDiTModelOutput(sample=output) if return_dict else (output,)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def run_block(self, level: int, block: nn.Module, hidden_states: Tensor, temb: Tensor, image_rotary_emb) -> Tensor:
         """Call a block, or have it recomputed in the backward pass where its level is checkpointed."""
@@ -752,7 +738,7 @@ class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, Config
         return torch.cat((sample.to(self.dtype), *others), dim=1) if others else sample
 
     def rotary_tables(self, height: int, width: int, like: Tensor) -> list[tuple[Tensor, Tensor] | None]:
-        """Return one pair of tables for each level, for height × width outermost tokens; None for a level without RoPE."""
+        """Return the tables of each level for height × width outermost tokens; None for a level without RoPE."""
         heads = tuple((level.heads, level.head_dim) if level.rotary else None for level in self.levels)
         return plan(hourglass_rotary_tables, like, height, width, self.tokens_across, heads, like.device)
 
@@ -778,8 +764,9 @@ class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, Config
                 below, above = size // divisor * divisor, -(-size // divisor) * divisor
                 nearest = sorted({max(below, smallest), max(above, smallest)})
                 problems.append(
-                    f"{name} {size} must be a multiple of {divisor} (patch, levels and windows) and at least {smallest} "
-                    f"(neighborhoods must fit their level); the nearest that works: {' or '.join(map(str, nearest))}"
+                    f"{name} {size} must be a multiple of {divisor} (patch, levels and windows) and at least "
+                    f"{smallest} (neighborhoods must fit their level); the nearest that works: "
+                    f"{' or '.join(map(str, nearest))}"
                 )
         if problems:
             raise ValueError(f"This model can't process {height}×{width} images: {'; '.join(problems)}.")
@@ -790,9 +777,9 @@ class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, Config
 
         Args:
             size: None (the paper's): every image fills [-1, 1], so that larger ones have their tokens closer together.
-                A number of pixels, or (height, width): images of that size fill [-1, 1], and all others keep its spacing,
-                so that larger ones reach further out. Additive positions know the spacing of `sample_size` only; outside
-                of it, where nothing was learned, they are those of the nearest token of its border.
+                A number of pixels, or (height, width): images of that size fill [-1, 1], and all others keep its
+                spacing, so that larger ones reach further out. Additive positions know the spacing of `sample_size`
+                only; outside of it, where nothing was learned, they are those of the nearest token of its border.
 
         Raises:
             ValueError: for a model without positions, and for another size than `sample_size` with additive ones.
@@ -814,8 +801,8 @@ class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, Config
 
     def set_gradient_checkpointing_levels(self, levels: Sequence[int]) -> None:
         """
-        Recompute only these levels' blocks in the backward pass (0 is the outermost, which takes most of the memory); an
-        empty list recomputes none. `enable_gradient_checkpointing()` is for all levels.
+        Recompute only these levels' blocks in the backward pass (0 is the outermost, which takes most of the memory);
+        an empty list recomputes none. `enable_gradient_checkpointing()` is for all levels.
 
         Raises:
             ValueError: for a level that the model does not have.
@@ -832,9 +819,9 @@ class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, Config
         """
         Enable one of Diffusers' caches for the steps of a pipeline.
 
-        `FirstBlockCacheConfig`, `TaylorSeerCacheConfig` and others cache what the middle level computes; the outer levels
-        always run. `PyramidAttentionBroadcastConfig` reuses the output of the attention of all levels; its timesteps are
-        c_noise = ln(sigma) / 4 here, so give it a range of those, for instance
+        `FirstBlockCacheConfig`, `TaylorSeerCacheConfig` and others cache what the middle level computes; the outer
+        levels always run. `PyramidAttentionBroadcastConfig` reuses the output of the attention of all levels; its
+        timesteps are c_noise = ln(sigma) / 4 here, so give it a range of those, for instance
         `spatial_attention_timestep_skip_range=(-1.0, 0.5)`.
 
         Raises:
@@ -847,8 +834,8 @@ class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, Config
         if not isinstance(config, PyramidAttentionBroadcastConfig):
             if len(self.transformer_blocks) < 2:
                 raise ValueError(
-                    f"the middle level has {len(self.transformer_blocks)} blocks; caching needs two or more, because the "
-                    "first one always runs."
+                    f"the middle level has {len(self.transformer_blocks)} blocks; caching needs two or more, because "
+                    "the first one always runs."
                 )
             metadata = TransformerBlockMetadata(return_hidden_states_index=0)
             TransformerBlockRegistry.register(type(self.transformer_blocks[0]), metadata)
@@ -857,8 +844,8 @@ class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, Config
     @contextmanager
     def cache_context(self, name: str, **kwargs):
         """
-        Name the batch that is evaluated, as in Diffusers. Pyramid Attention Broadcast keeps one memory for all names, so it
-        is emptied when the name changes: steps with and without guidance have batches of different sizes.
+        Name the batch that is evaluated, as in Diffusers. Pyramid Attention Broadcast keeps one memory for all names,
+        which is emptied when the name changes: steps with and without guidance have batches of different sizes.
         """
         from diffusers.hooks import PyramidAttentionBroadcastConfig
 
@@ -873,8 +860,8 @@ class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, Config
         Choose the kernel of all neighborhood levels; the choice can be changed at any time.
 
         Args:
-            backend: "auto" ("natten" or "cpp" where they work, else "tiled"), "natten", "triton", "cpp", "tiled", "flex"
-                or "dense". All are exact.
+            backend: "auto" ("natten" or "cpp" where they work, else "tiled"), "natten", "triton", "cpp", "tiled",
+                "flex" or "dense". All are exact.
 
         Raises:
             ValueError: for an unknown name, or one that can't work on this model's device and dtype.

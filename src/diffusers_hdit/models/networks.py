@@ -1,4 +1,4 @@
-"""The networks that can be trained, by the names that `--model_type` has for them."""
+"""The networks that can be trained, by their names in `--model_type`."""
 
 from collections.abc import Mapping
 
@@ -7,10 +7,10 @@ from .modeling_hdit import HDiTModel
 
 
 NETWORKS = {"hdit": HDiTModel, "dit": DiTPixelModel, "unet": UNetPixelModel}
-# Arguments that mean the same for all of them: what a preset, which is for HDiT, says of others too.
+# Arguments that mean the same for all of them, so that a preset, which is for HDiT, sets them for the others too.
 SHARED_ARGUMENTS = ("sample_size", "in_channels", "out_channels", "num_classes", "augment_cond_dim")
 
 
 def network_class(config: Mapping) -> type:
-    """The class that a network's saved configuration is of; HDiTModel for somebody's own subclass of it."""
+    """Return the class of a network's saved configuration; HDiTModel for a class that is not in `NETWORKS`."""
     return {cls.__name__: cls for cls in NETWORKS.values()}.get(config.get("_class_name"), HDiTModel)
