@@ -186,7 +186,8 @@ def test_public_functions_are_annotated(path):
     except ModuleNotFoundError:
         value = getattr(importlib.import_module(module), name)
     missing = []
-    for function_name, function in public_functions(value):
+    functions = [(path, value)] if inspect.isfunction(value) else public_functions(value)
+    for function_name, function in functions:
         signature = inspect.signature(function)
         for parameter in signature.parameters.values():
             variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)

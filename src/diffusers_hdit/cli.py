@@ -12,7 +12,7 @@ COMMANDS = {
     "train": ("training.__main__", "train a model on your images (several GPUs: accelerate launch -m diffusers_hdit.training)"),
     "sample": ("evaluation.sample", "generate images with a saved pipeline: a labelled grid, or many"),
     "evaluate": ("evaluation.evaluate", "compare a pipeline's images with real ones"),
-    "profile": ("evaluation.profiler", "print parameters, multiply-accumulates, memory and kernels of a model"),
+    "profile": ("evaluation.profile", "print parameters, multiply-accumulates, memory and kernels of a model"),
     "convert": ("conversion", "convert checkpoints of other projects to pipelines"),
     "push": ("hub.push", "push a saved pipeline to the Hugging Face Hub"),
 }  # fmt: skip
