@@ -472,7 +472,7 @@ def test_natten_call(monkeypatch):
     fake_natten(monkeypatch).na2d = na2d
     monkeypatch.setattr(public, "natten_problem", lambda *_: None)
     inputs = [x.transpose(1, 2) for x in tensors(1, 10, 8, 1, 8, dtype=torch.float64)]
-    out = neighborhood_attention(*inputs, (3, 5))
+    out = neighborhood_attention(*inputs, (3, 5), backend="natten")
     assert relative_error(out, reference(*inputs, (3, 5), 8**-0.5)) == 0
 
 
