@@ -201,7 +201,10 @@ def test_the_known_part_is_put_in_between_steps_only(make_pipeline):
     image, x = torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)
     mask = torch.zeros(1, 1, 32, 32, dtype=torch.bool)
     kept = [
-        torch.equal(pipe.keep_known(image, mask, pipe.scheduler.sigmas.tolist(), seeded(), i, x), x) for i in range(5)
+        torch.equal(
+            pipe.before_step({"image": image, "mask": mask}, pipe.scheduler.sigmas.tolist(), seeded(), i, x), x
+        )
+        for i in range(5)
     ]
     assert kept == [False, True, False, True, False]
 

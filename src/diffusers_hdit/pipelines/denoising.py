@@ -1,4 +1,4 @@
-"""The one denoising loop: runs a scheduler over the noise levels, with guidance, jumps and what is kept of an image."""
+"""The denoising loop that all pipelines share: a scheduler's steps, with guidance and jumps."""
 
 import contextlib
 import inspect
@@ -12,7 +12,7 @@ from .guidance import Guidance
 
 
 class Denoising:
-    """Part of the pipelines: needs `scheduler`, `transformer` and `guidance_model`, and Diffusers' pipeline behind it."""
+    """A mixin of pipelines with `scheduler`, `transformer` and `guidance_model`, in front of `DiffusionPipeline`."""
 
     @property
     def num_timesteps(self) -> int:
@@ -27,9 +27,9 @@ class Denoising:
 
     def runs(self, first: int, last: int, jump_length: int, jump_n_sample: int) -> list[range]:
         """
-        The evaluations from step `first` up to step `last`: one run, or, with jumps, as RePaint does (Lugmayr et al. 2022,
-        arXiv 2201.09865, section 4.2): stretches of `jump_length` steps, counted from the end, each run `jump_n_sample`
-        times, but for the first one.
+        Return the evaluations from step `first` up to step `last`: one run or, with jumps, as RePaint does (Lugmayr et al.
+        2022, arXiv 2201.09865, section 4.2), stretches of `jump_length` steps, counted from the end, each run
+        `jump_n_sample` times, but for the first one.
         """
         edges = sorted({first, *range(last, first, -jump_length)}) if jump_n_sample > 1 else [first, last]
         steps = [range(edges[0], edges[1])]
@@ -59,15 +59,17 @@ class Denoising:
         before_step: Callable | None = None,
     ) -> Tensor:
         """
-        Runs the scheduler, whose timesteps are set. A network with self_conditioning sees the denoised image of the
-        evaluation before, the guided one where there is guidance: zeros at the first one and after a jump.
+        Run the scheduler, whose timesteps are set.
+
+        A network with self_conditioning sees the denoised image of the evaluation before, the guided one where there is
+        guidance: zeros at the first one and after a jump.
 
         Args:
             latents: `(B, C, H, W)` at the noise level of the first evaluation.
-            conditions: what the network is called with besides, see `encode_conditions`.
+            conditions: further arguments of the network, see `encode_conditions`.
             callback: called as `callback(step, timestep, latents)` after each evaluation; returns the latents.
-            runs: the evaluations, by their place among the scheduler's timesteps; all of them if not given. Where a run
-                begins before the last one ended, noise takes the latents back up to its noise level.
+            runs: the evaluations, by their index among the scheduler's timesteps; all of them if not given. Where a run
+                begins before the last one ended, noise brings the latents back up to its noise level.
             before_step: called as `before_step(evaluation, latents)` before each of them; returns the latents.
         """
         guidance = guidance or Guidance()
@@ -89,7 +91,7 @@ class Denoising:
                     latents = self.jump(latents, sigmas[level], sigmas[run.start], generator)
                     # Of less noise than there is now: the network never saw such an estimate.
                     guidance.running, earlier = None, nothing
-                # Said, not found: the schedulers would look for the timestep on the accelerator.
+                # Set, not searched: the schedulers would search for the timestep on the accelerator.
                 self.scheduler.set_begin_index(run.start)
                 for i in run:
                     if self.interrupt:
@@ -109,7 +111,7 @@ class Denoising:
         return latents
 
     def jump(self, latents: Tensor, sigma: float, sigma_up: float, generator) -> Tensor:
-        """Back up to a higher noise level; the scheduler and caches forget the steps before."""
+        """Add noise up to a higher level; the scheduler and caches forget the steps before."""
         # Without a device: its sigmas would be read back from there.
         self.scheduler.set_timesteps(self.scheduler.num_inference_steps)
         self.reset_caches()
@@ -120,24 +122,11 @@ class Denoising:
             if model is not None and model.is_cache_enabled:
                 model._reset_stateful_cache()
 
-    def keep_known(self, image, mask, sigmas, generator, evaluation: int, latents: Tensor) -> Tensor:
-        """Puts the known part of the image, at this noise level, in the place of what was drawn there (RePaint, Lugmayr et
-        al. 2022, arXiv 2201.09865, equation 8)."""
-        if evaluation % self.scheduler.order:
-            return latents  # in the middle of a step
-        return torch.where(mask, latents, image + sigmas[evaluation] * self.noise(image.shape, generator))
-
-    def call_back(self, function: Callable, names: list[str], step: int, timestep: Tensor, latents: Tensor) -> Tensor:
-        """Calls the user's function after a step; the latents it returns take the place of the others."""
-        tensors = {"latents": latents}
-        changed = function(self, step, timestep, {name: tensors[name] for name in names}) or {}
-        return changed.get("latents", latents)
-
     # ------------------------------------------------------------------------------------------------------------------
     # One evaluation
 
     def weak_conditions(self, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the prediction to guide away from is made with."""
+        """Return the conditions of the prediction to guide away from."""
         if self.guidance_model is None:
             nothing = {
                 "class_labels": lambda labels: torch.full_like(labels, self.transformer.config.num_classes),
@@ -163,7 +152,7 @@ class Denoising:
         conditions: dict[str, Tensor],
         guidance: Guidance,
     ) -> Tensor:
-        """F for the scheduler, guided where it has to be."""
+        """Return F for the scheduler, guided where it has to be."""
         # The outputs of the step before may go, if the network is compiled to CUDA graphs.
         torch.compiler.cudagraph_mark_step_begin()
         model_input = self.scheduler.scale_model_input(latents, timestep)
@@ -186,7 +175,7 @@ class Denoising:
         return (guided - to_denoised(latents, 0.0, sigma)) / to_denoised(0.0, 1.0, sigma)
 
     def evaluate(self, model, context: str, model_input, timestep, conditions: dict[str, Tensor]) -> Tensor:
-        """F in float32: the solver's arithmetic must not inherit the model's dtype."""
+        """Return F in float32: the solver's arithmetic must not inherit the model's dtype."""
         # Batches of different sizes must not share what Diffusers' caches keep.
         with model.cache_context(context) if model.is_cache_enabled else contextlib.nullcontext():
             return model(model_input, timestep, **conditions, return_dict=False)[0].float()

@@ -1,4 +1,4 @@
-"""Images and masks, as people have them, to tensors."""
+"""Convert images and masks of several types to tensors."""
 
 from collections.abc import Sequence
 
@@ -13,6 +13,8 @@ Images = Image.Image | np.ndarray | Tensor | Sequence[Image.Image] | Sequence[np
 
 def images_to_tensor(images: Images, channels: int, name: str = "image") -> Tensor:
     """
+    Convert images to one tensor.
+
     Args:
         images: one or a list: PIL images; arrays `(H, W, C)` or tensors `(C, H, W)`, or with a batch in front, from 0 to 1.
 
@@ -41,9 +43,11 @@ def images_to_tensor(images: Images, channels: int, name: str = "image") -> Tens
 
 def mask_to_tensor(masks: Images, height: int, width: int) -> Tensor:
     """
+    Convert masks to one tensor of booleans.
+
     Args:
         masks: as `images_to_tensor` takes them, of one channel or, for arrays and tensors, `(H, W)`; 0.5 and above
-            (white) is where to draw.
+            (white) is what to generate.
 
     Returns:
         `(B, 1, H, W)` booleans.
@@ -70,7 +74,7 @@ def _with_channel(mask: Image.Image | np.ndarray | Tensor) -> Image.Image | np.n
 
 
 def _to_batch(image: Image.Image | np.ndarray | Tensor, name: str) -> Tensor:
-    """`(B, C, H, W)` float32, with the values that the image has; PIL's from 0 to 1."""
+    """Return `(B, C, H, W)` in float32 with the image's own values; PIL's from 0 to 1."""
     if isinstance(image, Tensor):
         batch = image.float()
     elif isinstance(image, Image.Image):

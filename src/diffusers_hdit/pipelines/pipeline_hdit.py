@@ -18,13 +18,17 @@ from diffusers import (
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging
 from torch import Tensor
 
 from ..models.modeling_hdit import HDiTModel
 from ..utils.remote_code import PipelineRemoteCodeMixin, package_module
+from .conditions import append_presence_flag
 from .denoising import Denoising
 from .guidance import AdaptiveProjection, Guidance
 
+
+logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Labels = int | str | Sequence[int] | Sequence[str] | Tensor
@@ -32,14 +36,14 @@ Labels = int | str | Sequence[int] | Sequence[str] | Tensor
 
 class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
     r"""
-    Draws images with a Hourglass Diffusion Transformer, directly in pixels.
+    Generate images with a Hourglass Diffusion Transformer, directly in pixels.
 
     Args:
-        transformer (`HDiTModel`): the network, or one that is called as it is: `DiTPixelModel`, `UNetPixelModel`.
+        transformer (`HDiTModel`): the network, or one with the same arguments: `DiTPixelModel`, `UNetPixelModel`.
         scheduler: an EDM scheduler of Diffusers or of this package, holding sigma_min, sigma_max and sigma_data of the
             training.
         guidance_model (`HDiTModel`, *optional*): a smaller or less trained network for autoguidance (Karras et al. 2024,
-            arXiv 2406.02507), or an unconditional one; it then takes the place of the unconditional half of guidance.
+            arXiv 2406.02507), or an unconditional one; it then replaces the unconditional prediction in guidance.
         id2label (`dict[int, str]`, *optional*): names of the classes.
         condition_columns (`dict[str, list]`, *optional*): for a model whose `mapping_cond` was made of named numbers:
             their "names", and "mean" and "std" in the training set, in the order of the vector.
@@ -65,37 +69,38 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
         self.register_to_config(
             id2label=id2label, condition_columns=condition_columns, k_diffusion_config=k_diffusion_config
         )
+        self._warned_of_columns = False
         # The images are the latents: nothing is scaled up.
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "HDiTPipeline":
-        """This pipeline with the components and the configuration of another one; keyword arguments replace some."""
+        """Make this pipeline from the components and the configuration of another one; keyword arguments replace some."""
         if {"dtype", "torch_dtype", "custom_pipeline"} & set(kwargs):
             return super().from_pipe(pipeline, **{**pipeline.components, **kwargs})
         # Diffusers would make the weights float32, and leave out networks whose class came with a repository.
         names = set(inspect.signature(cls.__init__).parameters) - {"self"}
         config = {name: value for name, value in pipeline.config.items() if name not in pipeline.components}
-        # What a pipeline has no use for it keeps under a private name, for one that has.
-        there = {name.removeprefix("_"): value for name, value in config.items()}
-        given = {**there, **pipeline.components, **kwargs}
-        made = cls(
+        # What a pipeline does not use it keeps under a private name, for one that does.
+        known = {name.removeprefix("_"): value for name, value in config.items()}
+        given = {**known, **pipeline.components, **kwargs}
+        pipe = cls(
             **{name: given[name] for name in names if name in given}, **{k: kwargs[k] for k in set(kwargs) - names}
         )
-        made.register_to_config(**{f"_{name}": value for name, value in there.items() if name not in names})
-        return made
+        pipe.register_to_config(**{f"_{name}": value for name, value in known.items() if name not in names})
+        return pipe
 
     # ------------------------------------------------------------------------------------------------------------------
     # Labels
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Class number -> name; empty for a model without names."""
+        """The name of each class by its number; empty for a model without names."""
         return {int(i): name for i, name in (self.config.id2label or {}).items()}
 
     def get_label_ids(self, labels: str | Sequence[str]) -> list[int]:
         """
-        The numbers of the classes with these names.
+        Return the numbers of the classes with these names.
 
         Raises:
             ValueError: for a name that is not in `id2label`, with the names that are close or all of them.
@@ -116,8 +121,11 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
         num_images_per_prompt: int,
         **images: Tensor | None,
     ) -> tuple[dict[str, Tensor], int]:
-        """What the network is called with besides the noised image, and other `images`, each with one entry for every
-        image to draw, on the pipeline's device; and how many these are."""
+        """
+        Return the network's arguments besides the noised image, with the other `images`, and the number of images.
+
+        Each tensor has an entry for every image to generate, on the pipeline's device.
+        """
         encoded = {
             "class_labels": self.encode_labels(class_labels),
             "mapping_cond": self.encode_mapping_cond(mapping_cond),
@@ -135,7 +143,7 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
         return encoded, batch_size * num_images_per_prompt
 
     def encode_labels(self, class_labels: Labels | None) -> Tensor | None:
-        """Class numbers `(B,)`, all checked; None for a model without classes."""
+        """Return class numbers `(B,)`, all checked; None for a model without classes."""
         num_classes = self.transformer.config.num_classes
         if class_labels is None:
             return None if num_classes is None else torch.tensor([num_classes])
@@ -146,7 +154,7 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
         if isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
             class_labels = [class_labels]
         if len(class_labels) == 0:
-            raise ValueError("class_labels is empty; give at least one, or None to draw without a label.")
+            raise ValueError("class_labels is empty; give at least one, or None to generate without a label.")
         ids = [
             self.get_label_ids(label)[0] if isinstance(label, str) else operator.index(label) for label in class_labels
         ]
@@ -161,21 +169,30 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
     def encode_mapping_cond(
         self, mapping_cond: Tensor | Mapping[str, float | Sequence[float]] | None
     ) -> Tensor | None:
-        """The vector condition `(B, D)` in float32, checked; named numbers are put in order and normalised."""
+        """Return the vector condition `(B, D)` in float32, checked; named numbers are put in order and normalised."""
         dim = self.transformer.config.mapping_cond_dim
+        columns = (self.config.condition_columns or {}).get("names", [])
         if mapping_cond is None:
+            if columns and not self._warned_of_columns:
+                self._warned_of_columns = True
+                names = ", ".join(columns)
+                logger.warning(
+                    f"Generating without the columns that this model was trained on: {names}. Give mapping_cond."
+                )
             return None
         if not dim:
             raise ValueError("mapping_cond was given, but this model has mapping_cond_dim=0. Leave it out.")
         if isinstance(mapping_cond, Mapping):
             mapping_cond = self.encode_columns(mapping_cond)
         mapping_cond = torch.as_tensor(mapping_cond, dtype=torch.float32)
+        if columns and mapping_cond.ndim == 2 and mapping_cond.shape[1] == len(columns) == dim - 1:
+            mapping_cond = append_presence_flag(mapping_cond)
         if mapping_cond.ndim != 2 or mapping_cond.shape[1] != dim:
             raise ValueError(f"mapping_cond must have shape (batch, {dim}), got {tuple(mapping_cond.shape)}.")
         return mapping_cond
 
     def encode_columns(self, values: Mapping[str, float | Sequence[float]]) -> Tensor:
-        """Named numbers, and vectors (a column v of which has the entries v[0], v[1], ...), as the network gets them."""
+        """Return named numbers, and vectors (a column v has the entries v[0], v[1], ...), as the network gets them."""
         columns = self.config.condition_columns or {"names": []}
         given = {}
         for name, value in values.items():
@@ -193,7 +210,15 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
         values = (values - torch.tensor(columns["mean"])) / torch.tensor(columns["std"])
         # Where the training dropped conditions, a last entry of 1 says that there is one: zeros are the columns' means.
         missing = self.transformer.config.mapping_cond_dim - values.shape[1]
-        return torch.nn.functional.pad(values, (0, 1), value=1.0) if missing == 1 else values
+        return append_presence_flag(values) if missing == 1 else values
+
+    def one_condition(
+        self, mapping_cond: Tensor | Mapping | None, conditions: Mapping | None
+    ) -> Tensor | Mapping | None:
+        """Return the one of the two that is given; raise ValueError for both."""
+        if mapping_cond is not None and conditions is not None:
+            raise ValueError("mapping_cond and conditions are two names of one thing: give one of them.")
+        return mapping_cond if conditions is None else conditions
 
     # ------------------------------------------------------------------------------------------------------------------
     # Checks, before any work
@@ -218,7 +243,7 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
             raise ValueError(f"PIL has no images of {channels} channels; use output_type='np', 'pt' or 'latent'.")
         if channels != self.transformer.config.in_channels:
             raise ValueError(
-                f"this pipeline draws with a model of as many output as input channels; this one has {channels} and "
+                f"this pipeline needs a model with as many output as input channels; this one has {channels} and "
                 f"{self.transformer.config.in_channels}."
             )
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
@@ -233,7 +258,7 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
             )
 
     def check_guidance(self, guidance: Guidance, has_condition: bool) -> None:
-        """Raises ValueError unless there is something to guide with."""
+        """Raise ValueError unless there is something to guide with."""
         guide, model = self.guidance_model, self.transformer
         if guidance.scale == 1:
             return
@@ -264,7 +289,7 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
                 )
 
     def first_step(self, strength: float, num_inference_steps: int) -> int:
-        """How many of the steps to leave out."""
+        """Return how many of the steps to skip."""
         if not 0 < strength <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, got {strength}.")
         steps = round(num_inference_steps * strength)
@@ -276,7 +301,7 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
         return num_inference_steps - steps
 
     def prepare_latents(self, latents, batch_size, height, width, generator) -> Tensor:
-        """Unit-variance noise `(B, C, H, W)`, float32 on the pipeline's device."""
+        """Return unit-variance noise `(B, C, H, W)` in float32 on the pipeline's device."""
         shape = (batch_size, self.transformer.config.in_channels, height, width)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
@@ -314,15 +339,18 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (as in all pipelines of Diffusers)
+        conditions: Mapping[str, float | Sequence[float]] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """
+        Generate images.
+
         Args:
-            class_labels: a class by number or by name, or a list of them; None draws without a label.
+            class_labels: a class by number or by name, or a list of them; None generates without a label.
             num_images_per_prompt: images for each label.
             height, width: size in pixels, by default that of the training (or of `latents`).
             num_inference_steps: steps of the sampler, each one evaluation of the network but with Heun's method.
             mapping_cond: vector condition `(B, D)`, or `{name: value}` for a model trained on named columns.
-            guidance_scale: w, of D_weak + w (D - D_weak); 1 means none. D_weak is drawn without label and with a zero
+            guidance_scale: w, of D_weak + w (D - D_weak); 1 means none. D_weak is predicted without label and with a zero
                 `mapping_cond` (classifier-free guidance, Ho & Salimans 2022, arXiv 2207.12598) in one call together
                 with D, or by the pipeline's `guidance_model` (autoguidance, Karras et al. 2024, arXiv 2406.02507).
             guidance_interval: `(sigma_lo, sigma_hi)`: guide only where sigma_lo < sigma <= sigma_hi (Kynkäänniemi et
@@ -338,6 +366,7 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
             callback_on_step_end: called as `callback(pipeline, step, timestep, {"latents": ...})` after each step (with
                 Heun's method after each evaluation, with jumps once more for each repeated one); may return a dict with
                 changed latents.
+            conditions: the same as `mapping_cond`, for named columns: `conditions={"temperature": 20}`.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple with them.
@@ -345,12 +374,13 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
         Raises:
             ValueError: for wrong arguments, before the first evaluation.
         """
+        mapping_cond = self.one_condition(mapping_cond, conditions)
         if latents is not None and getattr(latents, "ndim", None) != 4:
             raise ValueError(f"latents must be a tensor (B, C, H, W), got {getattr(latents, 'shape', latents)!r}.")
         if latents is not None and class_labels is None and mapping_cond is None and num_images_per_prompt == 1:
             num_images_per_prompt = len(latents)
         default = self.transformer.sample_size if latents is None else latents.shape[-2:]
-        return self.sample(
+        return self.generate(
             default[0] if height is None else height,
             default[1] if width is None else width,
             class_labels=class_labels,
@@ -369,42 +399,38 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
 
-    def sample(
+    def generate(
         self,
         height: int,
         width: int,
         *,
-        class_labels: Labels | None = None,
-        num_images_per_prompt: int = 1,
-        num_inference_steps: int = 50,
-        mapping_cond: Tensor | Mapping[str, float | Sequence[float]] | None = None,
-        guidance_scale: float = 1.0,
-        guidance_interval: tuple[float, float] | None = None,
-        guidance_rescale: float = 0.0,
-        adaptive_projection: AdaptiveProjection | Mapping[str, float] | bool | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        image: Tensor | None = None,
+        class_labels: Labels | None,
+        num_images_per_prompt: int,
+        num_inference_steps: int,
+        mapping_cond: Tensor | Mapping[str, float | Sequence[float]] | None,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float] | None,
+        guidance_rescale: float,
+        adaptive_projection: AdaptiveProjection | Mapping[str, float] | bool | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
+        output_type: str,
+        return_dict: bool,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        inputs: Mapping[str, Tensor] | None = None,
         strength: float = 1.0,
-        mask: Tensor | None = None,
         jumps: tuple[int, int] = (1, 1),
-        small: Tensor | None = None,
-        enlarge: Callable | None = None,
     ) -> ImagePipelineOutput | tuple:
         """
-        What the pipelines for images, inpainting and upscaling have in common with this one: see `__call__`, and
+        Generate images: the steps that this pipeline has in common with those that are made from it.
+
+        They change the steps `prepare_condition`, `add_noise`, `before_step` and `finish`, which get `inputs`.
 
         Args:
-            image: `(B, C, H, W)` in [-1, 1] to start from.
-            strength: share of the steps to run on `image`.
-            mask: `(B, 1, H, W)` of booleans, True where `image` is to be drawn anew.
-            jumps: see `HDiTInpaintPipeline`.
-            small, enlarge: low-resolution images, and what makes the network's `conditioning_image` of them, called as
-                `enlarge(small, generator)`.
+            inputs: further tensors `(B, ...)`, repeated for each prompt, for instance an image to start from.
+            strength: share of the steps to run.
+            jumps: `(jump_length, jump_n_sample)`, see `HDiTInpaintPipeline`.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -414,43 +440,80 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
                 raise ValueError(f"{name} must be an integer, got {value!r}.")
         generator = list(generator) if isinstance(generator, tuple) else generator
         guidance = Guidance(guidance_scale, guidance_interval, guidance_rescale, adaptive_projection)
-        self.check_guidance(guidance, has_condition=class_labels is not None or mapping_cond is not None)
+        has_condition = class_labels is not None or mapping_cond is not None
+        self.check_guidance(guidance, has_condition)
         first_step = self.first_step(strength, num_inference_steps)
         self.transformer.check_size(height, width)
         if guidance.scale != 1 and self.guidance_model is not None:
             self.guidance_model.check_size(height, width)
-        if self.transformer.config.conditioning_channels and small is None:
-            raise ValueError(
-                f"this model has conditioning_channels={self.transformer.config.conditioning_channels}: it upscales images. "
-                "Draw with HDiTUpscalePipeline.from_pipe(pipe)."
-            )
-        conditions, batch_size = self.encode_conditions(
-            class_labels, mapping_cond, num_images_per_prompt, image=image, mask=mask, small=small
-        )
-        image, mask, small = (conditions.pop(name, None) for name in ("image", "mask", "small"))
+        self.check_condition(inputs or {})
+        inputs = dict(inputs or {})
+        conditions, batch_size = self.encode_conditions(class_labels, mapping_cond, num_images_per_prompt, **inputs)
+        inputs = {name: conditions.pop(name) for name in inputs}
         latents = self.prepare_latents(latents, batch_size, height, width, generator)
-        if small is not None:
-            conditions["conditioning_image"] = enlarge(small, generator)
+        conditions |= self.prepare_condition(inputs, generator)
 
         self._guidance_scale = guidance_scale
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         # The first sigma itself: the schedulers' init_noise_sigma, sqrt(sigma² + 1), is not where EDM samplers start.
         sigmas = self.scheduler.sigmas.tolist()
         runs = self.runs(first_step, num_inference_steps, *jumps)
-        latents = latents * sigmas[runs[0].start]
-        if image is not None:
-            latents = latents + image
-        keep = None if mask is None else functools.partial(self.keep_known, image, mask, sigmas, generator)
+        latents = self.add_noise(latents * sigmas[runs[0].start], inputs)
         callback = None
         if callback_on_step_end is not None:
-            callback = functools.partial(self.call_back, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        latents = self.denoise(latents, conditions, guidance, generator, callback, runs=runs, before_step=keep)
-        if mask is not None:
-            latents = torch.where(mask, latents, image)
+            names = callback_on_step_end_tensor_inputs
+            callback = functools.partial(self.call_back, callback_on_step_end, names, guidance, has_condition)
+        before_step = functools.partial(self.before_step, inputs, sigmas, generator)
+        latents = self.denoise(latents, conditions, guidance, generator, callback, runs=runs, before_step=before_step)
+        latents = self.finish(latents, inputs)
 
         images = latents if output_type == "latent" else self.image_processor.postprocess(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def check_condition(self, inputs: Mapping[str, Tensor]) -> None:
+        """Raise ValueError unless the model has what conditions it; here, for a model that is conditioned on an image."""
+        if channels := self.transformer.config.conditioning_channels:
+            raise ValueError(
+                f"this model has conditioning_channels={channels}: it upscales images. Use "
+                "HDiTUpscalePipeline.from_pipe(pipe)."
+            )
+
+    def prepare_condition(self, inputs: Mapping[str, Tensor], generator) -> dict[str, Tensor]:
+        """Return further arguments of the network; here none."""
+        return {}
+
+    def add_noise(self, noise: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the latents of the first step from noise of its level; here the noise itself."""
+        return noise
+
+    def before_step(
+        self, inputs: Mapping[str, Tensor], sigmas: list[float], generator, i: int, latents: Tensor
+    ) -> Tensor:
+        """Return the latents that evaluation `i` begins with; here those of the evaluation before."""
+        return latents
+
+    def finish(self, latents: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the latents that become images; here those of the last step."""
+        return latents
+
+    def call_back(
+        self,
+        function: Callable,
+        names: Sequence[str],
+        guidance: Guidance,
+        has_condition: bool,
+        step: int,
+        timestep: Tensor,
+        latents: Tensor,
+    ) -> Tensor:
+        """Call the user's function after a step; it may return other latents, and change `pipe._guidance_scale`."""
+        tensors = {"latents": latents}
+        changed = function(self, step, timestep, {name: tensors[name] for name in names}) or {}
+        if self._guidance_scale != guidance.scale:
+            guidance.scale = self._guidance_scale
+            self.check_guidance(guidance, has_condition)
+        return changed.get("latents", latents)
 
     # ------------------------------------------------------------------------------------------------------------------
     # The reference's checkpoints
@@ -460,23 +523,24 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
         cls,
         checkpoint: str | PathLike | Mapping[str, Tensor],
         config: str | PathLike | dict | None = None,
+        dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
     ) -> "HDiTPipeline":
         """
-        A pipeline from a checkpoint of the reference implementation (k-diffusion, `image_transformer_v2`).
+        Make a pipeline from a checkpoint of the reference implementation (k-diffusion, `image_transformer_v2`).
 
         Args:
             checkpoint: a `.safetensors` for inference, a training `.pth` (its EMA weights are taken), or a state dict.
             config: the reference's configuration, a dict or a JSON file; by default the one inside the checkpoint.
-            torch_dtype: dtype of the weights, float32 by default.
+            dtype: dtype of the weights, float32 by default. `torch_dtype` is the same.
 
         Raises:
             ValueError: for a file that can't be read, a configuration of another network, or weights that do not fit it.
         """
-        return package_module("conversion").load_pipeline(checkpoint, config, torch_dtype, pipeline_class=cls)
+        return package_module("conversion").load_pipeline(checkpoint, config, dtype or torch_dtype, pipeline_class=cls)
 
     def save_k_diffusion(self, path: str | PathLike) -> None:
-        """Writes the weights and their configuration as a `.safetensors` that the reference loads."""
+        """Write the weights and their configuration as a `.safetensors` that the reference loads."""
         package_module("conversion").save_pipeline(self, path)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -484,7 +548,7 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
 
     def push_to_hub(self, repo_id: str, *args, **kwargs):
         """
-        Uploads what inference needs, and a model card, to the Hugging Face Hub; in one commit, tried again if need be.
+        Upload what inference needs, and a model card, to the Hugging Face Hub, in one commit that is retried if need be.
 
         Text that somebody wrote into the repository's card stays. Weights of an earlier push that these replace go.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import diffusion
 from ..data import to_float
+from ..pipelines.conditions import append_presence_flag
 from ..pipelines.upscaling import training_conditioning
 from ..utils.seeding import mixed_seed
 from .augmentation import augment, on
@@ -31,11 +32,6 @@ def sample_noise(
     for row, number in zip(noise, numbers, strict=True):
         row.normal_(generator=generator.manual_seed(mixed_seed(purpose, seed, number)))
     return noise
-
-
-def append_presence_flag(conditions: Tensor) -> Tensor:
-    """Append an entry of 1 to vectors `(B, D)`, which says that there is a condition: zeros are every column's mean."""
-    return nn.functional.pad(conditions, (0, 1), value=1.0)
 
 
 def seed_dropout(seed: int, number: int) -> None:

@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..data import to_float
+from ..pipelines.conditions import append_presence_flag
 from ..pipelines.pipeline_hdit import HDiTPipeline
 from ..pipelines.upscaling import downscale
 from ..utils.seeding import mixed_seed
 from .config import TrainingConfig
-from .objective import append_presence_flag
 
 
 VALIDATION_INFERENCE_STEPS = 50
