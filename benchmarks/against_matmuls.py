@@ -15,9 +15,8 @@ from networks import forward_call, gradient_call, hdit_of_image, training_call
 from reference_windows import ReferenceNetwork
 
 from diffusers_hdit import HDiTModel, presets
-from diffusers_hdit.ops.compiled import formulas
 from diffusers_hdit.ops.linear import onednn_is_faster
-from diffusers_hdit.ops.neighborhood import neighborhood_attention
+from diffusers_hdit.ops.neighborhood_attention import neighborhood_attention
 
 
 NETWORK, REFERENCE = "HDiT", "shifted windows as in the reference"
@@ -69,7 +68,7 @@ def make_contenders(bench: Bench) -> tuple[list[Contender], int]:
     on_cpu = bench.device.type == "cpu"  # on a GPU all are in bfloat16
     if on_cpu:
         found.append(Contender("HDiT, autocast to bfloat16", model, within=autocast_to_bfloat16))
-        found.append(Contender("HDiT, norms and activations not in one pass", model, within=formulas))
+        found.append(Contender("HDiT, norms and activations not in one pass", model, within=reference))
         if onednn_is_faster():
             found.append(Contender("HDiT, linear layers by MKL", model, within=without_onednn))
     if bench.compile_mode:

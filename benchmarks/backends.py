@@ -7,7 +7,7 @@ import torch
 from measure import Bench, Samples, Table, copy_bandwidth, free_memory
 from torch import Tensor
 
-from diffusers_hdit.ops.neighborhood import BACKENDS, neighborhood_attention, unavailable_reason
+from diffusers_hdit.ops.neighborhood_attention import BACKENDS, neighborhood_attention, unavailable_reason
 
 
 KERNEL, HEADS, HEAD_DIM = 7, 2, 64

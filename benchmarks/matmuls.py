@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusers_hdit.ops.cpu.linear_onednn import linear
+from diffusers_hdit.ops.cpu.linear import linear
 
 
-WITHOUT_PRODUCTS = ("diffusers_hdit::geglu", "diffusers_hdit::rms_norm", "diffusers_hdit::scale_and_turn")
+WITHOUT_PRODUCTS = ("diffusers_hdit::geglu", "diffusers_hdit::rms_norm", "diffusers_hdit::normalize_and_rotate")
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from measure import Bench, Table, copy_bandwidth, matmul_rate
 from torch import Tensor
 
 from diffusers_hdit import HDiTModel, presets
-from diffusers_hdit.ops.cosine import cosine_similarity
-from diffusers_hdit.ops.fused import geglu
+from diffusers_hdit.ops.geglu import geglu
+from diffusers_hdit.ops.rotary import normalize_and_rotate
 
 
 @dataclass
@@ -45,7 +45,7 @@ def block_parts(model: HDiTModel, level: int, batch: int) -> list[Part]:
         return attn.to_q(value), attn.to_k(value), attn.to_v(value)
 
     def turn(query: Tensor, key: Tensor, *_) -> tuple[Tensor, Tensor]:
-        return cosine_similarity(query, attn.scale, rotary), cosine_similarity(key, attn.scale, rotary)
+        return normalize_and_rotate(query, attn.scale, rotary), normalize_and_rotate(key, attn.scale, rotary)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *_) -> Tensor:
         attention_only = SimpleNamespace(

@@ -21,13 +21,13 @@ from diffusers_hdit.models.modeling_hdit import (
     axial_positions,
     axial_rotary_frequencies,
 )
-from diffusers_hdit.ops.cosine import EPS
+from diffusers_hdit.ops.rms_norm import NORM_EPS
 
 
 def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     mean_square = torch.mean(x.to(wide) ** 2, dim=-1, keepdim=True)
-    factor = scale.to(wide) * torch.rsqrt(mean_square + EPS)
+    factor = scale.to(wide) * torch.rsqrt(mean_square + NORM_EPS)
     return x * factor.to(x.dtype)
 
 
@@ -35,8 +35,8 @@ def to_cosine_similarity(q: Tensor, k: Tensor, scale: Tensor) -> tuple[Tensor, T
     """Both to the length sqrt(scale) of their head; `scale` broadcasts over `(B, n, h, w, 1)`."""
     wide = torch.promote_types(q.dtype, torch.float32)
     root = torch.sqrt(scale.to(wide))
-    of_q = root * torch.rsqrt(torch.sum(q.to(wide) ** 2, dim=-1, keepdim=True) + EPS)
-    of_k = root * torch.rsqrt(torch.sum(k.to(wide) ** 2, dim=-1, keepdim=True) + EPS)
+    of_q = root * torch.rsqrt(torch.sum(q.to(wide) ** 2, dim=-1, keepdim=True) + NORM_EPS)
+    of_k = root * torch.rsqrt(torch.sum(k.to(wide) ** 2, dim=-1, keepdim=True) + NORM_EPS)
     return q * of_q.to(q.dtype), k * of_k.to(k.dtype)
 
 

@@ -28,7 +28,7 @@ import torch
 
 # This checkout, not a package that happens to be installed.
 sys.path.insert(0, str(measure.SOURCE))
-from diffusers_hdit.ops.neighborhood import BACKENDS
+from diffusers_hdit.ops.neighborhood_attention import BACKENDS
 from diffusers_hdit.utils.memory import keep_freed_memory
 
 

@@ -1,8 +1,8 @@
-"""Draws what a training wrote into metrics.jsonl: loss, loss by noise level, gradient norm, learning rate and speed.
+"""Plot what a training wrote to metrics.jsonl: loss, loss by noise level, gradient norm, learning rate and speed.
 
     python examples/plot_metrics.py --run DIR [DIR ...] [--output metrics.png]
 
-Several runs are drawn into one picture, to be compared.
+Several runs share one plot, so that they can be compared.
 """
 
 import argparse
@@ -14,24 +14,24 @@ import numpy as np
 from diffusers_hdit.training.monitoring import read_lines
 
 
-# How many means of the loss by noise level are drawn for a run, from its beginning to its end.
-PARTS = 4
+# Each run is cut into this many periods, whose mean losses by noise level are plotted.
+PERIODS = 4
 
 
 def series(lines: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, and a quantity at those that have it."""
+    """Return steps, and a quantity at those that have it."""
     known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     return tuple(np.array(known, dtype=float).reshape(-1, 2).T)
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Running mean over `window` values, fewer at the ends."""
+    """Return the running mean over `window` values, fewer at the ends."""
     ones = np.ones(min(window, len(values)))
     return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
 
 
 def loss_by_sigma(lines: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """Sigma and mean loss over these lines, each image counted once."""
+    """Return sigma and the mean loss over these lines, each image counted once."""
     sums: dict[float, list] = {}
     for line in lines:
         part = line.get("loss_by_sigma", {"sigma": [], "loss": [], "images": []})
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 axis.plot(steps, values, label=name)
             axis.set(title=quantity.replace("_", " "), xlabel="step")
-        count = PARTS if len(runs) == 1 else 1
+        count = PERIODS if len(runs) == 1 else 1
         for i in range(count):
             part = lines[len(lines) * i // count : len(lines) * (i + 1) // count]
             if part:
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(runs) > 1:
         axes[0, 0].legend(fontsize="small")
     figure.savefig(args.output, dpi=110)
-    print(f"Drew {', '.join(runs)} into {args.output}.")
+    print(f"Plotted {', '.join(runs)} in {args.output}.")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diffusers_hdit import HDiTModel
-from diffusers_hdit.ops import compiled
+from diffusers_hdit.ops import kernels
 from diffusers_hdit.ops.cpu import library as cpp_kernels
 
 
@@ -65,7 +65,7 @@ SMALL = {
 @pytest.fixture
 def no_kernels_yet(monkeypatch, tmp_path):
     """The folder of compiled kernels, empty, as in a new process."""
-    monkeypatch.setattr(compiled, "_library_problem", None)
+    monkeypatch.setattr(kernels, "_library_problem", None)
     monkeypatch.setattr(cpp_kernels, "_library", None)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.setattr(cpp_kernels.tempfile, "gettempdir", lambda: str(tmp_path))

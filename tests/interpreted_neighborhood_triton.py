@@ -1,12 +1,14 @@
 """Triton's kernels as NumPy runs them. `test_neighborhood_triton.py` starts this with TRITON_INTERPRET=1 set."""
 
+import dataclasses
+
 import pytest
 import torch
 from test_neighborhood import TOLERANCE, check_cosine_attention, cosine_inputs, reference, relative_error, tensors
 
-from diffusers_hdit.ops import neighborhood
-from diffusers_hdit.ops.neighborhood import neighborhood_attention, unavailable_reason
-from diffusers_hdit.ops.triton import neighborhood as neighborhood_triton
+from diffusers_hdit.ops import kernels
+from diffusers_hdit.ops.neighborhood_attention import neighborhood_attention, unavailable_reason
+from diffusers_hdit.ops.triton import neighborhood_attention as neighborhood_triton
 
 
 pytestmark = pytest.mark.skipif(not neighborhood_triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
@@ -163,7 +165,7 @@ def test_compiled_equals_eager(compiler, sizes):
 
 def test_traced_before_any_eager_call(monkeypatch):
     """The trace imports the kernels; and again where the answer is not known yet."""
-    monkeypatch.setattr(neighborhood, "_triton_answer", None)
+    monkeypatch.setattr(kernels, "_triton", None)
     torch._dynamo.reset()
     compiled = torch.compile(neighborhood_attention, backend="aot_eager", fullgraph=True)
     inputs = tensors(1, 8, 9, 1, 16)
@@ -183,10 +185,12 @@ def test_the_model_uses_it(make_model, monkeypatch):
     for name, grad in grads["dense"].items():
         assert (grads["triton"][name] - grad).norm() <= 1e-4 * grad.norm() + 1e-7, name
     calls = []
-    monkeypatch.setattr(neighborhood, "_own_kernels", lambda *args: calls.append(args) or args[1])
+    run = lambda *args: calls.append(args) or args[0]  # noqa: E731
+    triton = kernels.KERNELS["neighborhood_attention"]["triton"]
+    monkeypatch.setitem(kernels.KERNELS["neighborhood_attention"], "triton", dataclasses.replace(triton, run=run))
     model(sample, timestep)
     assert len(calls) == 2  # the level's blocks on the way down and up
-    assert all(norm is not None and rotary is not None for *_, norm, rotary in calls)
+    assert all(norm is not None and cos is not None for *_, norm, cos, sin in calls)
 
 
 def test_may_run_on_the_cpu():

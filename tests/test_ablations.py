@@ -19,13 +19,13 @@ from diffusers_hdit.models.ablations import (
     SplitAndConcat,
 )
 from diffusers_hdit.models.modeling_hdit import HDiTFeedForward
-from diffusers_hdit.ops.compiled import formulas
-from diffusers_hdit.ops.neighborhood import (
+from diffusers_hdit.ops.neighborhood_attention import (
     _axis_halos,
     _centred_start,
     neighborhood_attention,
     sliding_window_attention,
 )
+from diffusers_hdit.ops.registry import reference as kernels_off
 
 
 AXES = [
@@ -368,7 +368,7 @@ def test_profile_of_activation_memory_is_what_autograd_keeps(axis):
     config = {**SMALL, **axis, "kernel_size": 3}
     model = HDiTModel(**config).bfloat16()
     model.set_neighborhood_backend("tiled")
-    with formulas():
+    with kernels_off():
         assert profile_model(config).activation_bytes == pytest.approx(kept_bytes(model), rel=0.1)
 
 

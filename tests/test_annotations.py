@@ -242,6 +242,13 @@ def test_many_classes_of_one_image(tmp_path):
         labelled(tmp_path, [f"c{i}" for i in range(6)] + ["d", "d"])
 
 
+def test_classes_that_look_alike(tmp_path):
+    labels = ["cat", "Cat", "dog", "cafe\u0301", "caf\u00e9"]
+    with pytest.warns(UserWarning, match="in nothing but case, spaces or .*: 'Cat', 'cafe\u0301', 'caf\u00e9', 'cat'"):
+        dataset = labelled(tmp_path, labels, "jsonl")
+    assert len(dataset.id2label) == 5
+
+
 def test_class_summary(tmp_path):
     assert load_images(train_data_dir=FACES, resolution=64).class_summary() is None
     summary = load_images(train_data_dir=FACES, label_column="label", resolution=64).class_summary(limit=2)

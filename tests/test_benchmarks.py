@@ -13,7 +13,6 @@ from conftest import REPOSITORY, randomize, relative_error
 
 from diffusers_hdit import HDiTModel
 from diffusers_hdit.evaluation.profiler import profile_model
-from diffusers_hdit.ops import linear
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +128,7 @@ def test_recorded_products_are_those_of_the_network(by_onednn, monkeypatch):
 
     if by_onednn and not torch.backends.mkldnn.is_available():
         pytest.skip("PyTorch is built without oneDNN.")
-    monkeypatch.setattr(linear, "_mkl_is_slow", lambda: by_onednn)
+    monkeypatch.setattr(sys.modules["diffusers_hdit.ops.linear"], "_mkl_is_slow", lambda: by_onednn)
     config = {**SMALL, "attention_types": ["shifted_window", "none", "global"]}
     model = randomize(HDiTModel(**config))
     sample = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -1,20 +1,24 @@
 """The documentation, the workflows and the metadata that a visitor of the repository sees."""
 
 import configparser
+import dataclasses
 import importlib
 import importlib.util
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import yaml
 from conftest import REPOSITORY
 
 import diffusers_hdit
+from diffusers_hdit.training.config import TrainingConfig
 
 
 YAML_FILES = [
@@ -141,7 +145,9 @@ def test_the_quickstart_notebook_runs(tmp_path):
     (tmp_path / "quickstart.py").write_text(
         code + "\n\nassert images and (Path(OUTPUT_DIR) / 'model_index.json').exists()\n"
     )
-    subprocess.run([sys.executable, "quickstart.py"], cwd=tmp_path, check=True, timeout=300)
+    package = str(Path(diffusers_hdit.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
+    subprocess.run([sys.executable, "quickstart.py"], cwd=tmp_path, check=True, timeout=300, env=environment)
 
 
 def documented() -> list[str]:
@@ -182,7 +188,8 @@ def test_public_functions_are_annotated(path):
     except ModuleNotFoundError:
         value = getattr(importlib.import_module(module), name)
     missing = []
-    for function_name, function in public_functions(value):
+    functions = [(path, value)] if inspect.isfunction(value) else public_functions(value)
+    for function_name, function in functions:
         signature = inspect.signature(function)
         for parameter in signature.parameters.values():
             variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
@@ -191,3 +198,28 @@ def test_public_functions_are_annotated(path):
         if signature.return_annotation is signature.empty and function.__name__ != "__init__":
             missing.append(f"{function_name}: what it returns")
     assert not missing, "\n".join(missing)
+
+
+def test_flags_in_the_documentation_exist():
+    """Every --flag that README and docs name is one of this project's, or of a tool in the list below."""
+    sources = [
+        p.read_text() for folder in ("src", "examples", "benchmarks") for p in (REPOSITORY / folder).rglob("*.py")
+    ]
+    flags = set(re.findall(r"\"(--\w+)\"", "\n".join(sources)))
+    flags |= {f"--{field.name}" for field in dataclasses.fields(TrainingConfig)}
+    others = {"--config_file", "--help", "--no-deps", "--signal"}  # accelerate, all, pip, Slurm
+    for page in PAGES:
+        named = set(re.findall(r"(?<![\w-])--[a-z]\w*(?:-\w+)*", (REPOSITORY / page).read_text()))
+        assert named <= flags | others, f"{page}: {', '.join(sorted(named - flags - others))}"
+
+
+def test_names_that_architecture_places_in_a_module_are_there():
+    page = " ".join((REPOSITORY / "docs" / "architecture.md").read_text().split())
+    placed = re.findall(r"`([\w.]+)`(?:, and|,)? in `((?:\w+/)*\w+\.py)`", page)
+    assert len(placed) > 4
+    for name, module in placed:
+        text = (REPOSITORY / "src" / "diffusers_hdit" / module).read_text()
+        assert re.search(rf"^\s*(?:def|class) {name.split('.')[-1]}\b|^{name} = ", text, flags=re.MULTILINE), (
+            name,
+            module,
+        )

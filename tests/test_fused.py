@@ -9,11 +9,12 @@ from conftest import kept_bytes, randomize, relative_error
 from test_neighborhood import skip_without
 from torch.autograd import forward_ad
 
-from diffusers_hdit.ops import fused
-from diffusers_hdit.ops.compiled import formulas
-from diffusers_hdit.ops.cosine import cosine_similarity
+from diffusers_hdit import ops
 from diffusers_hdit.ops.cpu import fused as fused_cpp
 from diffusers_hdit.ops.cpu import library as cpp_kernels
+from diffusers_hdit.ops.geglu import geglu_reference
+from diffusers_hdit.ops.registry import reference
+from diffusers_hdit.ops.rotary import normalize_and_rotate
 
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3}  # roundings of results, and of sums over 270 tokens
@@ -30,7 +31,7 @@ def norm_by_the_book(x, scale):
 
 
 def one_scale(x, scale):
-    return fused.rms_norm(x, scale)
+    return ops.rms_norm(x, scale)
 
 
 def geglu_by_the_book(hidden):
@@ -41,21 +42,21 @@ def geglu_by_the_book(hidden):
 ANGLES = 3 * torch.randn(5, 27, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def turned(x, scale):
-    return cosine_similarity(x, scale, [table.float().to(x.device) for table in (ANGLES.cos(), ANGLES.sin())])
+def rotated(x, scale):
+    return normalize_and_rotate(x, scale, [table.float().to(x.device) for table in (ANGLES.cos(), ANGLES.sin())])
 
 
-def turned_by_the_book(x, scale):
-    first, second, rest = scaled_by_the_book(x, scale).split([4, 4, x.shape[-1] - 8], -1)
+def rotated_by_the_book(x, scale):
+    first, second, rest = normalized_by_the_book(x, scale).split([4, 4, x.shape[-1] - 8], -1)
     found = torch.complex(first, second) * torch.polar(torch.ones_like(ANGLES), ANGLES)
     return torch.cat((found.real, found.imag, rest), -1)
 
 
-def scaled(x, scale):
-    return cosine_similarity(x, scale, None)
+def normalized(x, scale):
+    return normalize_and_rotate(x, scale, None)
 
 
-def scaled_by_the_book(x, scale):
+def normalized_by_the_book(x, scale):
     return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() * scale.sqrt()[:, None]
 
 
@@ -65,19 +66,19 @@ def inputs_of(function, width, dtype=torch.float32, batch=2):
     def random(*shape):
         return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
 
-    if function is fused.geglu:
+    if function is ops.geglu:
         return ((3 * random(batch, 5, 27, 2 * width)).detach().requires_grad_(),)
-    if function in (turned, scaled):
+    if function in (rotated, normalized):
         return random(batch, 5, 27, 3, width), (random(3).detach().abs() + 1).requires_grad_()
     return random(batch, 5, 27, width), random(width) if function is one_scale else random(batch, width)
 
 
 FUNCTIONS = {
-    fused.rms_norm: norm_by_the_book,
+    ops.rms_norm: norm_by_the_book,
     one_scale: norm_by_the_book,
-    fused.geglu: geglu_by_the_book,
-    turned: turned_by_the_book,
-    scaled: scaled_by_the_book,
+    ops.geglu: geglu_by_the_book,
+    rotated: rotated_by_the_book,
+    normalized: normalized_by_the_book,
 }
 each = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
 
@@ -97,7 +98,11 @@ def check(function, inputs, tolerance):
 
 
 def ran_kernels(function, inputs):
-    return type(function(*inputs).grad_fn).__name__ in ("RMSNormBackward", "GEGLUBackward", "ScaleAndTurnBackward")
+    return type(function(*inputs).grad_fn).__name__ in (
+        "RMSNormBackward",
+        "GEGLUBackward",
+        "NormalizeAndRotateBackward",
+    )
 
 
 @each
@@ -158,8 +163,8 @@ def test_neither_threads_nor_the_batch_change_a_bit(function):
 def test_gates_far_out():
     gates = torch.tensor([-1e30, -100.0, -14.0, -13.0, -5.0, -0.0, 0.0, 1e-30, 5.0, 13.0, 14.0, 100.0, 1e30])
     hidden = torch.cat((torch.ones_like(gates), gates)).requires_grad_()
-    check(fused.geglu, [hidden], TOLERANCE[torch.float32])
-    out = fused.geglu(hidden)
+    check(ops.geglu, [hidden], TOLERANCE[torch.float32])
+    out = ops.geglu(hidden)
     assert out[:3].abs().max() < 1e-30 and torch.equal(out[-3:], gates[-3:])
 
 
@@ -170,7 +175,7 @@ def test_what_is_not_finite_stays_so(function, number, dtype):
     """A step with such numbers is left out of a training, which has to see them."""
     inputs = inputs_of(function, 24, dtype)
     with torch.no_grad():
-        inputs[0][0, 3, 4].view(-1)[30 if function is fused.geglu else 5] = number
+        inputs[0][0, 3, 4].view(-1)[30 if function is ops.geglu else 5] = number
     out, gradient, *_ = value_and_gradients(function, inputs)
     bad = torch.zeros(2, 5, 27, dtype=torch.bool)
     bad[0, 3, 4] = True
@@ -235,22 +240,22 @@ def test_transforms_of_functions(function, under):
 
 def test_operators_are_registered_right():
     """Fake results and tracing, as PyTorch's own checks want them."""
-    x, scale = (x.detach() for x in inputs_of(fused.rms_norm, 24))
-    (hidden,) = (x.detach() for x in inputs_of(fused.geglu, 24))
-    heads = [x.detach() for x in inputs_of(turned, 24)] + [ANGLES.cos().float(), ANGLES.sin().float()]
+    x, scale = (x.detach() for x in inputs_of(ops.rms_norm, 24))
+    (hidden,) = (x.detach() for x in inputs_of(ops.geglu, 24))
+    heads = [x.detach() for x in inputs_of(rotated, 24)] + [ANGLES.cos().float(), ANGLES.sin().float()]
     for operator, inputs in (
         (fused_cpp.norm_kernel, (x, scale)),
         (fused_cpp.norm_gradients, (x + 1, x, scale)),
         (fused_cpp.geglu_kernel, (hidden,)),
         (fused_cpp.geglu_gradient, (x, hidden)),
-        (fused_cpp.turn_kernel, heads),
-        (fused_cpp.turn_gradients, (heads[0] + 1, *heads)),
+        (fused_cpp.rotate_kernel, heads),
+        (fused_cpp.rotate_gradients, (heads[0] + 1, *heads)),
     ):
         torch.library.opcheck(operator, inputs)
 
 
 @each
-def test_compiled_networks_have_the_formulas(function):
+def test_compiled_networks_have_the_references(function):
     """The compiler makes one pass of them and of what is around them."""
     graphs = []
 
@@ -274,35 +279,35 @@ def test_where_there_is_no_kernel(function):
 
 
 def test_scales_of_another_type():
-    """As autocast makes them; where the result's type is not that of the tokens, the formula decides on it."""
-    x, scale = inputs_of(fused.rms_norm, 24)
+    """As autocast makes them; where the result's type is not that of the tokens, the reference decides on it."""
+    x, scale = inputs_of(ops.rms_norm, 24)
     half = scale.detach().bfloat16().requires_grad_()
-    assert ran_kernels(fused.rms_norm, (x, half))
-    out, _, of_scale = value_and_gradients(fused.rms_norm, (x, half))
+    assert ran_kernels(ops.rms_norm, (x, half))
+    out, _, of_scale = value_and_gradients(ops.rms_norm, (x, half))
     assert out.dtype == torch.float32 and of_scale.dtype == torch.bfloat16
     assert relative_error(out, norm_by_the_book(x.double(), half.double())) < TOLERANCE[torch.float32]
-    assert fused.rms_norm(x.detach().bfloat16(), scale).dtype == torch.float32
+    assert ops.rms_norm(x.detach().bfloat16(), scale).dtype == torch.float32
 
 
 def test_angles_that_need_gradients():
-    x, scale = inputs_of(turned, 24)
+    x, scale = inputs_of(rotated, 24)
     tables = [table.float().requires_grad_() for table in (ANGLES.cos(), ANGLES.sin())]
-    found = torch.autograd.grad(cosine_similarity(x, scale, tables).sum(), tables)
+    found = torch.autograd.grad(normalize_and_rotate(x, scale, tables).sum(), tables)
     exact = [table.detach().double().requires_grad_() for table in tables]
-    expected = torch.autograd.grad(cosine_similarity(x.double(), scale.double(), exact).sum(), exact)
+    expected = torch.autograd.grad(normalize_and_rotate(x.double(), scale.double(), exact).sum(), exact)
     assert all(relative_error(a, b) < TOLERANCE[torch.float32] for a, b in zip(found, expected, strict=True))
 
 
 def test_without_a_compiler(no_kernels_yet, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    inputs = inputs_of(fused.geglu, 24)
-    assert not ran_kernels(fused.geglu, inputs)
-    assert torch.equal(fused.geglu(*inputs), fused.geglu_formula(*inputs))
+    inputs = inputs_of(ops.geglu, 24)
+    assert not ran_kernels(ops.geglu, inputs)
+    assert torch.equal(ops.geglu(*inputs), geglu_reference(*inputs))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_whole_networks(make_model, autocast):
-    """As far from float64 as the formulas are."""
+    """As far from float64 as the references are."""
     model = randomize(make_model())
     sample, sigma = torch.randn(2, 3, 32, 32), torch.tensor([0.3, 2.0])
 
@@ -313,16 +318,18 @@ def test_whole_networks(make_model, autocast):
         return [out, *torch.autograd.grad(out.square().mean(), parameters)]
 
     by_kernels, exact = run(model, autocast), run(copy.deepcopy(model).double())
-    with formulas():
-        by_formulas = run(model, autocast)
-    assert any(not torch.equal(x, y) for x, y in zip(by_kernels, by_formulas, strict=True))
-    errors = [[relative_error(x, y) for x, y in zip(found, exact, strict=True)] for found in (by_kernels, by_formulas)]
+    with reference():
+        by_reference = run(model, autocast)
+    assert any(not torch.equal(x, y) for x, y in zip(by_kernels, by_reference, strict=True))
+    errors = [
+        [relative_error(x, y) for x, y in zip(found, exact, strict=True)] for found in (by_kernels, by_reference)
+    ]
     assert sum(errors[0]) < 1.3 * sum(errors[1])
-    assert all(x.dtype == y.dtype for x, y in zip(by_kernels, by_formulas, strict=True))
+    assert all(x.dtype == y.dtype for x, y in zip(by_kernels, by_reference, strict=True))
 
 
 def test_less_is_kept_for_the_backward_pass(make_model):
     model = make_model().bfloat16()
-    with formulas():
+    with reference():
         before = kept_bytes(model)
     assert kept_bytes(model) < 0.85 * before

@@ -11,13 +11,17 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from diffusers_hdit.ops import neighborhood, plans
-from diffusers_hdit.ops.neighborhood import (
+from diffusers_hdit.ops import cache, neighborhood_backends
+from diffusers_hdit.ops.neighborhood_attention import (
     BACKENDS,
     cosine_neighborhood_attention,
     neighborhood_attention,
     unavailable_reason,
 )
+from diffusers_hdit.ops.registry import kernels_of
+
+
+public = sys.modules["diffusers_hdit.ops.neighborhood_attention"]  # the package has a function of this name
 
 
 # Relative error in the 2-norm. Each output sums up to 121 products of rounded numbers: a few units of rounding,
@@ -65,7 +69,7 @@ def relative_error(found, expected):
 
 @pytest.fixture(autouse=True)
 def empty_cache():
-    plans._plans.clear()
+    cache._cached.clear()
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +212,7 @@ def test_flex(flex_on_cpu, b, h, w, n, d, kernel_size):
     inputs = tensors(b, h, w, n, d, requires_grad=True)
     with torch.no_grad():
         out = neighborhood_attention(*inputs, kernel_size, scale=0.7, backend="flex")
-        plans._plans.clear()
+        cache._cached.clear()
         traced = torch.compile(neighborhood_attention, backend="aot_eager", fullgraph=True)
         traced = traced(*inputs, kernel_size, scale=0.7, backend="flex")
         expected = reference(*(x.double() for x in inputs), kernel_size, scale=0.7)
@@ -221,8 +225,8 @@ def test_flex(flex_on_cpu, b, h, w, n, d, kernel_size):
 def test_flex_mask(b, h, w, n, d, kernel_size, device):
     """The block lists and the mask together allow exactly the windows, for either tile."""
     kh, kw = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-    th, tw = neighborhood._FLEX_TILES[device]
-    mask = neighborhood._flex_plan(h, w, kh, kw, th, tw, torch.device("cpu"))
+    th, tw = neighborhood_backends._FLEX_TILES[device]
+    mask = neighborhood_backends._flex_mask(h, w, kh, kw, th, tw, torch.device("cpu"))
     r, c = -(-h // th), -(-w // tw)
     tokens = torch.arange(r * c * th * tw)
     allowed = mask.mask_mod(0, 0, tokens[:, None], tokens[None])
@@ -264,7 +268,7 @@ def test_strided_inputs(backend):
 
 def test_gradient_checkpointing_after_inference_mode():
     inputs = tensors(1, 10, 9, 2, 8, dtype=torch.float64, requires_grad=True)
-    with torch.inference_mode():  # a plan made here must still serve training
+    with torch.inference_mode():  # tensors that are cached here must still serve training
         neighborhood_attention(*inputs, 5)
     out = neighborhood_attention(*inputs, 5)
     again = torch.utils.checkpoint.checkpoint(neighborhood_attention, *inputs, 5, use_reentrant=False)
@@ -274,8 +278,8 @@ def test_gradient_checkpointing_after_inference_mode():
 
 
 def training_bytes(h, w, backend):
-    """Bytes kept for the backward pass, each storage once, with the plan."""
-    plans._plans.clear()
+    """Bytes kept for the backward pass, each storage once, with the cached tensors."""
+    cache._cached.clear()
     storages = {}
 
     def keep(x):
@@ -284,8 +288,8 @@ def training_bytes(h, w, backend):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         out = neighborhood_attention(*tensors(1, h, w, 1, 16, requires_grad=True), 7, backend=backend)
-    for plan in plans._plans.values():
-        for x in plan:
+    for made in cache._cached.values():
+        for x in made:
             keep(x)
     assert out.requires_grad  # and alive, so that no address is counted for two storages
     return sum(storages.values())
@@ -322,18 +326,18 @@ def test_compiled_equals_eager(compiler, sizes):
             assert relative_error(found, grad.double()) < TOLERANCE[torch.float32]
 
 
-def test_plans_are_reused_and_bounded():
+def test_cached_tensors_are_reused_and_bounded():
     inputs = tensors(1, 9, 9, 1, 8)
     neighborhood_attention(*inputs, 3, backend="tiled")
-    (plan,) = plans._plans.values()
+    (made,) = cache._cached.values()
     neighborhood_attention(*inputs, 3, backend="tiled")
-    assert [p is plan for p in plans._plans.values()] == [True]
+    assert [x is made for x in cache._cached.values()] == [True]
     for size in range(10, 40):
         neighborhood_attention(*tensors(1, size, 9, 1, 8), 3, backend="tiled")
-    assert len(plans._plans) == plans._MAX_PLANS
+    assert len(cache._cached) == cache._MAX_CACHED
 
 
-def test_threads_share_plans():
+def test_threads_share_cached_tensors():
     sizes = [(8 + i % 12, 9) for i in range(60)]
     expected = {size: neighborhood_attention(*tensors(1, *size, 1, 8), 3, backend="dense") for size in sizes}
     wrong = []
@@ -349,7 +353,7 @@ def test_threads_share_plans():
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and len(plans._plans) <= plans._MAX_PLANS
+    assert not wrong and len(cache._cached) <= cache._MAX_CACHED
 
 
 @pytest.mark.parametrize(
@@ -387,7 +391,7 @@ def test_named_natten_is_refused_and_auto_is_tiled(monkeypatch):
     inputs = tensors(1, 8, 8, 1, 8, dtype=torch.float64)
     with pytest.raises(ValueError, match="'natten' cannot run here: NATTEN's kernels run on CUDA, not on 'cpu'. Use"):
         neighborhood_attention(*inputs, 3, backend="natten")
-    monkeypatch.setitem(neighborhood._IMPLEMENTATIONS, "tiled", lambda *_: "tiled")
+    monkeypatch.setitem(public._IMPLEMENTATIONS, "tiled", lambda *_: "tiled")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert neighborhood_attention(*inputs, 3) == "tiled"
@@ -403,7 +407,7 @@ def fake_natten(monkeypatch, version="0.21.7", library=True):
     module.__spec__ = types.SimpleNamespace(name="natten")
     module.__version__, module.HAS_LIBNATTEN = version, library
     monkeypatch.setitem(sys.modules, "natten", module)
-    monkeypatch.setattr(neighborhood, "_natten_answer", None)
+    monkeypatch.setattr(neighborhood_backends, "_natten_answer", None)
     return module
 
 
@@ -442,9 +446,9 @@ def test_unavailable_reason(monkeypatch, backend, situation, library, message):
 
 
 def test_missing_natten_is_looked_up_once(monkeypatch):
-    monkeypatch.setattr(neighborhood, "_natten_answer", None)
+    monkeypatch.setattr(neighborhood_backends, "_natten_answer", None)
     calls = []
-    monkeypatch.setattr(neighborhood.importlib.util, "find_spec", lambda name: calls.append(name))
+    monkeypatch.setattr(neighborhood_backends.importlib.util, "find_spec", lambda name: calls.append(name))
     for _ in range(3):
         assert "NATTEN is not installed" in unavailable_reason("natten", **GPU)
     assert calls == ["natten"]
@@ -454,7 +458,7 @@ def test_flex_names_missing_tools(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     reason = unavailable_reason("flex", device="cpu", dtype=torch.float32, head_dim=16, training=False)
     assert "'no-such-compiler' is missing" in reason or "AVX2" in reason
-    monkeypatch.setattr(neighborhood.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(neighborhood_backends.importlib.util, "find_spec", lambda name: None)
     assert "needs Triton" in unavailable_reason("flex", **GPU)
 
 
@@ -466,11 +470,12 @@ def test_natten_call(monkeypatch):
         return reference(query, key, value, kernel_size, scale)
 
     fake_natten(monkeypatch).na2d = na2d
-    monkeypatch.setattr(neighborhood, "_natten_problem", lambda *_: None)
+    monkeypatch.setattr(public, "natten_problem", lambda *_: None)
     inputs = [x.transpose(1, 2) for x in tensors(1, 10, 8, 1, 8, dtype=torch.float64)]
-    out = neighborhood_attention(*inputs, (3, 5))
+    out = neighborhood_attention(*inputs, (3, 5), backend="natten")
     assert relative_error(out, reference(*inputs, (3, 5), 8**-0.5)) == 0
 
 
 def test_backends_are_all_implemented():
-    assert {*BACKENDS, "whole grid"} == set(neighborhood._IMPLEMENTATIONS)
+    registered = set(kernels_of("neighborhood_attention"))
+    assert {*BACKENDS, "whole grid"} == set(public._IMPLEMENTATIONS) | registered

@@ -6,8 +6,8 @@ from conftest import relative_error
 from test_neighborhood import TOLERANCE, check_cosine_attention, cosine_inputs, reference, skip_without, tensors
 
 from diffusers_hdit.ops.cpu import library as cpp_kernels
-from diffusers_hdit.ops.cpu import neighborhood as neighborhood_cpp
-from diffusers_hdit.ops.neighborhood import cosine_neighborhood_attention, neighborhood_attention
+from diffusers_hdit.ops.cpu import neighborhood_attention as neighborhood_cpp
+from diffusers_hdit.ops.neighborhood_attention import cosine_neighborhood_attention, neighborhood_attention
 
 
 @pytest.fixture(autouse=True)

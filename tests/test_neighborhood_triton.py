@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import diffusers_hdit.ops.triton
 from diffusers_hdit import presets
-from diffusers_hdit.ops import neighborhood
-from diffusers_hdit.ops.neighborhood import neighborhood_attention, unavailable_reason
+from diffusers_hdit.ops import kernels
+from diffusers_hdit.ops.neighborhood_attention import neighborhood_attention, unavailable_reason
 
 
 GPU = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 64, "training": True}
@@ -49,7 +50,7 @@ def compile_kernel(name, dtype, head_dim, kernel_size, pairs, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from diffusers_hdit.ops.triton import neighborhood as neighborhood_triton
+    from diffusers_hdit.ops.triton import neighborhood_attention as neighborhood_triton
 
     function = getattr(neighborhood_triton, name)
     options = neighborhood_triton.launch_options(dtype, head_dim)
@@ -151,21 +152,18 @@ def test_runs_on_cuda():
 
 
 def test_missing_triton_is_looked_up_once(monkeypatch):
-    monkeypatch.setattr(neighborhood, "_triton_answer", None)
+    monkeypatch.setattr(kernels, "_triton", None)
     calls = []
-    monkeypatch.setattr(neighborhood.importlib.util, "find_spec", lambda name: calls.append(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: calls.append(name))
     for _ in range(3):
         assert "Triton is not installed" in unavailable_reason("triton", **GPU)
     assert calls == ["triton"]
 
 
 def test_kernels_that_do_not_import(monkeypatch):
-    """The code of a repository where this package is not installed, for one."""
-
-    def nothing(name):
-        raise ImportError("This needs the package diffusers-hdit")
-
-    monkeypatch.setattr(neighborhood, "_triton_answer", None)
-    monkeypatch.setattr(neighborhood.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(neighborhood, "package_module", nothing)
-    assert "do not import (This needs the package" in unavailable_reason("triton", **GPU)
+    """A broken Triton."""
+    monkeypatch.setattr(kernels, "_triton", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "diffusers_hdit.ops.triton.neighborhood_attention", None)
+    monkeypatch.delattr(diffusers_hdit.ops.triton, "neighborhood_attention", raising=False)
+    assert "do not import (" in unavailable_reason("triton", **GPU)

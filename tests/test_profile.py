@@ -7,7 +7,7 @@ from conftest import SMALL, kept_bytes
 
 from diffusers_hdit import HDiTModel, presets
 from diffusers_hdit.evaluation.profiler import profile_model
-from diffusers_hdit.ops.compiled import formulas
+from diffusers_hdit.ops.registry import reference
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_activation_memory_is_what_autograd_keeps(types):
     config = {**SMALL, "attention_types": types, "window_size": 4}
     model = HDiTModel(**config).bfloat16()
     model.set_neighborhood_backend("tiled")
-    with formulas():
+    with reference():
         assert profile_model(config).activation_bytes == pytest.approx(kept_bytes(model), rel=0.1)
 
 

@@ -419,11 +419,11 @@ def test_structs_of_bytes_and_path_are_images(tmp_path):
         dataset = load_images(dataset_name=tmp_path / f"saved-{number}", resolution=12, label_column="label")
         for i in range(len(rows)):
             assert np.array_equal(dataset[i]["image"].permute(1, 2, 0).numpy(), np.asarray(noise_image()))
-        (tmp_path / f"{number}").mkdir()
-        made.to_parquet(tmp_path / f"{number}" / "train.parquet")
-        stream = load_images(dataset_name=tmp_path / f"{number}", resolution=12, streaming=True)
-        assert next(iter(make_loader(stream, batch_size=1, seed=0)))["image"].shape == (1, 3, 12, 12)
     datasets.Dataset.from_dict({"image": [{"bytes": 1, "path": "x"}]}).save_to_disk(tmp_path / "other")
+    (tmp_path / "rows").mkdir()
+    made.to_parquet(tmp_path / "rows" / "train.parquet")
+    stream = load_images(dataset_name=tmp_path / "rows", resolution=12, streaming=True)
+    assert next(iter(make_loader(stream, batch_size=1, seed=0)))["image"].shape == (1, 3, 12, 12)
     with pytest.raises(ValueError, match="image_column='image' of .* holds .*, not images"):
         load_images(dataset_name=tmp_path / "other", resolution=12)
 

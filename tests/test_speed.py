@@ -7,7 +7,7 @@ from diffusers import EDMDPMSolverMultistepScheduler
 from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
 
 from diffusers_hdit import DPMSolverPP3MSDEScheduler, EDMHeunScheduler, HDiTPipeline
-from diffusers_hdit.ops.compiled import formulas
+from diffusers_hdit.ops.registry import reference
 from diffusers_hdit.pipelines.guidance import Guidance
 from diffusers_hdit.schedulers import scheduling_edm
 
@@ -146,7 +146,7 @@ def test_compiled(make_pipeline):
     """The whole network as one graph (fullgraph), which is what CUDA graphs need; guided and unguided steps."""
     pipe = make_pipeline(depths=(1, 1, 2))
     arguments = {"guidance_scale": 2.0, "guidance_interval": (0.1, 5.0)}
-    with formulas():  # which a graph has; kernels round otherwise, and 20 steps make more of it
+    with reference():  # which a graph has; kernels round otherwise, and 20 steps make more of it
         plain = draw(pipe, **arguments)
     pipe.transformer.compile(fullgraph=True, backend="aot_eager")
     assert relative_error(draw(pipe, **arguments), plain) < 1e-4

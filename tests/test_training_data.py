@@ -8,10 +8,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, Features, Image, Value
 from running import CONFIG, TRAIN, equal, run, weights, write_config
 
 from diffusers_hdit import HDiTPipeline
+from diffusers_hdit.training.config import parse_args
+from diffusers_hdit.training.trainer import load_dataset
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +117,27 @@ def test_arrays_of_twelve_channels_and_sixteen_bits(tmp_path):
     pipe = HDiTPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     assert pipe(num_inference_steps=1, output_type="pt").images.shape == (1, 12, 16, 16)
+
+
+def test_flags_say_which_images_and_classes(tmp_path):
+    """They reach `load_images`, and the summary shows the classes with their counts."""
+    for path in ("train/pets/cat/0.png", "train/pets/dog/0.png", "train/wild/owl/0.png", "test/pets/cat/1.png"):
+        (tmp_path / "images" / path).parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("RGB", (16, 16)).save(tmp_path / "images" / path)
+    (tmp_path / "images" / "test/pets/cat/1.png").write_bytes(b"no image")
+    path = write_config(tmp_path, dataset_name=None, train_data_dir=str(tmp_path / "images"), train_batch_size=1)
+
+    def load(*flags):
+        flags = ["--config", path, "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", *flags]
+        return load_dataset(parse_args(list(map(str, flags))), Accelerator(cpu=True))
+
+    with pytest.warns(UserWarning, match="leaves out those in 'test/"):
+        assert load().class_counts == {"cat": 1, "dog": 1, "owl": 1}
+    with pytest.warns(UserWarning, match="leaves out those in 'test/"):
+        assert load("--class_folder_depth", 1).class_counts == {"pets": 2, "wild": 1}
+    with pytest.raises(ValueError, match="1 of 4 images .* cannot be read"):
+        load("--split", "all", "--class_folder_depth", -1)
+    with pytest.warns(UserWarning, match="1 of 4 images cannot be read"):
+        assert len(load("--split", "all", "--class_folder_depth", -1, "--max_unreadable", 1)) == 3
+    output = run(TRAIN, "--config", path, "--output_dir", tmp_path / "run", "--dry_run")
+    assert "3 images at 16×16, 3 classes: cat (1), dog (1), owl (1)" in output

@@ -3,7 +3,9 @@
 import json
 import math
 import re
+import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -100,6 +102,10 @@ def count_classes(labels: np.ndarray, id2label: dict[int, str]) -> dict[str, int
     single = [name for name, count in counts.items() if count == 1]
     if len(single) >= MANY_SINGLE_IMAGES and 2 * len(single) > len(counts) - len(empty):
         warnings.warn(f"{len(single)} of {len(counts)} classes have one image only: {listed(single, 5)}.")
+    plain = Counter(unicodedata.normalize("NFKC", name).casefold().strip() for name in counts)
+    alike = [name for name in counts if plain[unicodedata.normalize("NFKC", name).casefold().strip()] > 1]
+    if alike:
+        warnings.warn(f"classes differ in nothing but case, spaces or the encoding of accents: {listed(alike, 6)}.")
     return counts
 
 

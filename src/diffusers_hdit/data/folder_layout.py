@@ -104,11 +104,10 @@ def class_folders(folders: list[Path], depth: int | None, names: list[str], loca
     found = {level + 1: sorted({folder[level] for folder in folders}) for level in range(depths[0])}
     choices = [level for level, classes in found.items() if len(classes) > 1] or [1]
     chosen = choices[0] if len(depths) > 1 else choices[-1]
-    if len(choices) > 1 or len(depths) > 1:
-        found[-1] = sorted({folder[-1] for folder in folders})
-        others = [
-            f"{n} for {listed(found[n], 3)}" for n in (*choices, -1) if n != chosen and found[n] != found[chosen]
-        ]
+    found[-1] = sorted({folder[-1] for folder in folders})
+    numbers = (*choices, *([-1] if len(depths) > 1 else []))
+    others = [f"{n} for {listed(found[n], 3)}" for n in numbers if found[n] != found[chosen]]
+    if others:
         warnings.warn(
             f"the images in {location} lie {' or '.join(map(str, depths))} folders deep. The classes are the folders at "
             f"depth {chosen}, {listed(found[chosen], 3)}; class_folder_depth takes others: {'; '.join(others)}."

@@ -102,7 +102,8 @@ class ImageFolder(ImageSource):
         found = list(_walk(self.folder))
         extensions = image_extensions()
         paths = [path for path in found if _extension(path[-1]) in extensions]
-        others = [path for path in found if _extension(path[-1]) not in (*extensions, *SIDE_FILES)]
+        expected = extensions.union(SIDE_FILES)
+        others = [path for path in found if _extension(path[-1]) not in expected]
         if others:
             warnings.warn(
                 f"{len(others)} files in {self.location} are left out, because Pillow decodes no images of their types "

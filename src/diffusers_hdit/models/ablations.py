@@ -9,7 +9,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from ..ops.linear import Linear
-from ..ops.neighborhood import sliding_window_attention
+from ..ops.neighborhood_attention import sliding_window_attention
 
 
 # ----------------------------------------------------------------------------------------------------------------------

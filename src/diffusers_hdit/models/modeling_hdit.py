@@ -24,11 +24,13 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ..ops.cosine import cosine_similarity
-from ..ops.fused import geglu, rms_norm
+from ..ops.cache import cached_tensors
+from ..ops.geglu import geglu
 from ..ops.linear import Linear
-from ..ops.neighborhood import BACKENDS, cosine_neighborhood_attention, unavailable_reason
-from ..ops.plans import plan
+from ..ops.neighborhood_attention import BACKENDS, cosine_neighborhood_attention, unavailable_reason
+from ..ops.registry import kernels_of
+from ..ops.rms_norm import rms_norm
+from ..ops.rotary import normalize_and_rotate
 from ..utils.remote_code import RemoteCodeMixin, SafeWeights, package_module
 from .ablations import (
     ABLATION_ACTIVATIONS,
@@ -443,8 +445,8 @@ class HDiTAttention(nn.Module, AttentionModuleMixin):
     def rotated_qkv(self, hidden_states: Tensor, image_rotary_emb: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
         """Return the same, with queries and keys normalized to the length sqrt(scale), then rotated."""
         query, key, value = self.project_qkv(hidden_states)
-        query = cosine_similarity(query, self.scale, image_rotary_emb)
-        return query, cosine_similarity(key, self.scale, image_rotary_emb), value
+        query = normalize_and_rotate(query, self.scale, image_rotary_emb)
+        return query, normalize_and_rotate(key, self.scale, image_rotary_emb), value
 
     def project_out(self, out: Tensor) -> Tensor:
         """Map what the heads computed, `(B, h, w, n, d)`, to the width of the level."""
@@ -740,7 +742,7 @@ class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, Config
     def rotary_tables(self, height: int, width: int, like: Tensor) -> list[tuple[Tensor, Tensor] | None]:
         """Return the tables of each level for height × width outermost tokens; None for a level without RoPE."""
         heads = tuple((level.heads, level.head_dim) if level.rotary else None for level in self.levels)
-        return plan(hourglass_rotary_tables, like, height, width, self.tokens_across, heads, like.device)
+        return cached_tensors(hourglass_rotary_tables, like, height, width, self.tokens_across, heads, like.device)
 
     @property
     def size_rule(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -860,14 +862,16 @@ class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, Config
         Choose the kernel of all neighborhood levels; the choice can be changed at any time.
 
         Args:
-            backend: "auto" ("natten" or "cpp" where they work, else "tiled"), "natten", "triton", "cpp", "tiled",
-                "flex" or "dense". All are exact.
+            backend: "auto" (on CUDA "triton", else "natten"; on a CPU "cpp"; "tiled" where they can't run), "natten",
+                "triton", "cpp", "tiled", "flex", "dense", or a registered kernel. All are exact.
 
         Raises:
             ValueError: for an unknown name, or one that can't work on this model's device and dtype.
         """
-        if backend not in ("auto", *BACKENDS):
-            raise ValueError(f"backend must be one of 'auto', {', '.join(map(repr, BACKENDS))}; got {backend!r}.")
+        known = ("auto", *BACKENDS, *kernels_of("neighborhood_attention"))
+        if backend not in known:
+            names = ", ".join(map(repr, dict.fromkeys(known)))
+            raise ValueError(f"backend must be one of {names}; got {backend!r}.")
         levels = [level for level in self.levels if level.type == "neighborhood"]
         for level in levels if backend != "auto" else ():
             reason = unavailable_reason(

@@ -1,4 +1,4 @@
-"""Linear layers, with the library that multiplies matrices fastest on the processor at hand.
+"""Linear layers, multiplied by the library that is fastest on this processor.
 
 For float32 PyTorch calls MKL on x86. MKL uses AVX-512 on Intel's processors only; oneDNN, which PyTorch has for other
 purposes, on all that have it, and is up to twice as fast there. Shapes: B batch, D and D' widths.
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from ..utils.remote_code import package_module
+from .registry import kernels_enabled
 
 
 # Multiplications for one sample, below which what a call costs outweighs what it saves.
@@ -21,34 +22,40 @@ _LEAST = 2 * 1024**2
 
 
 class Linear(nn.Linear):
-    """nn.Linear without a bias. `torch.backends.mkldnn.flags(enabled=False)` leaves all of it to PyTorch."""
+    """An nn.Linear without bias; `torch.backends.mkldnn.flags(enabled=False)` leaves all products to PyTorch."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, ..., D) -> (B, ..., D')`."""
-        if onednn_takes(x, self.weight):
-            return torch.ops.diffusers_hdit.linear.default(x, self.weight)
-        return F.linear(x, self.weight)
+        """Map `(B, ..., D)` to `(B, ..., D')`."""
+        return linear(x, self.weight)
 
 
-def onednn_takes(x: Tensor, weight: Tensor) -> bool:
-    """Asked of one sample's size, not of the batch's, on which compiled graphs must not depend."""
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply `(B, ..., D)` by the transpose of a weight `(D', D)`."""
+    if onednn_accepts(x, weight):
+        return torch.ops.diffusers_hdit.linear.default(x, weight)
+    return F.linear(x, weight)
+
+
+def onednn_accepts(x: Tensor, weight: Tensor) -> bool:
+    """Return whether oneDNN multiplies them; one sample's size decides, since compiled graphs must not depend on the batch."""
     return (
-        type(x) is Tensor
+        kernels_enabled()
+        and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.shape[1:].numel() * len(weight) >= _LEAST
         and not torch.is_autocast_enabled("cpu")
         and onednn_is_faster()
-        and not _transforms(x, weight)
+        and not _is_transformed(x, weight)
     )
 
 
-def _transforms(*tensors: Tensor) -> bool:
-    """Whether something of torch.func is under way, or forward-mode differentiation: there are no rules for them."""
+def _is_transformed(*tensors: Tensor) -> bool:
+    """Return whether torch.func or forward-mode differentiation is active: oneDNN's operator has no rules for them."""
     active = torch._C._are_functorch_transforms_active()
     return active or (
         not torch.compiler.is_compiling() and any(unpack_dual(tensor).tangent is not None for tensor in tensors)
@@ -62,9 +69,9 @@ def onednn_is_faster() -> bool:
 
 @functools.cache
 def _mkl_is_slow() -> bool:
-    """Whether this processor has AVX-512 that MKL makes no use of, and there is another library to ask, and a way to."""
+    """Return whether this processor has AVX-512 that MKL does not use, and oneDNN is there and can be called."""
     try:
-        package_module("ops.cpu.linear_onednn")
+        package_module("ops.cpu.linear")
     except ImportError:
         return False
     libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()

@@ -20,7 +20,7 @@ inline float product(const float* a, const float* b, Index d) {
     return sum_of(sum);
 }
 
-// The token is brought to the length norm, then its channels c and pairs + c are turned by an angle.
+// The token is normalized to the length norm, then its channels c and pairs + c are rotated by an angle.
 // Channels: d, a multiple of LANES.
 struct Cosine {
     float norm;
@@ -30,12 +30,12 @@ struct Cosine {
     void apply(const float* token, float* __restrict to) const {
         const float factor = norm * inverse_length(token);
         for (Index c = 0; c < d; c += LANES) store(to + c, load(token + c) * factor);
-        turn(to, 1);
+        rotate(to, 1);
     }
 
     // The gradient of what `apply` made becomes that of the token, in place; returns the token's share in that of norm.
     float go_back(const float* token, float* __restrict gradient) const {
-        turn(gradient, -1);
+        rotate(gradient, -1);
         const float inverse = inverse_length(token), share = inverse * product(token, gradient, d);
         for (Index c = 0; c < d; c += LANES)
             store(gradient + c, norm * inverse * (load(gradient + c) - load(token + c) * (inverse * share)));
@@ -45,12 +45,12 @@ struct Cosine {
   private:
     float inverse_length(const float* token) const { return 1 / std::sqrt(product(token, token, d) + 1e-6f); }
 
-    void turn(float* token, float sign) const {
+    void rotate(float* token, float sign) const {
         float *__restrict first = token, *__restrict second = token + pairs;
         for (Index c = 0; c < pairs; c++) {
-            const float a = first[c], b = second[c], turned = sign * sin[c];
-            first[c] = a * cos[c] - b * turned;
-            second[c] = b * cos[c] + a * turned;
+            const float a = first[c], b = second[c], s = sign * sin[c];
+            first[c] = a * cos[c] - b * s;
+            second[c] = b * cos[c] + a * s;
         }
     }
 };

@@ -1,5 +1,5 @@
-// RMSNorm, GEGLU, and the scaling and turning of queries and keys on the CPU, forward and backward, each in one pass over
-// memory; fused_cpp.py calls this.
+// RMSNorm, GEGLU, and the normalizing and rotating of queries and keys on the CPU, forward and backward, each in one pass over
+// memory; fused.py calls this.
 //
 // Backward passes keep nothing of the forward pass but its inputs: what they need of it is computed anew from a row that is
 // in the cache. float32 or bfloat16 in memory, float32 in registers.
@@ -176,7 +176,7 @@ void norm_backward(const T* gradient, const T* x, const float* scale, T* d_x, fl
     });
 }
 
-// ---- Queries or keys (B, R, n, d), scaled and turned: cosine.h ----
+// ---- Queries or keys (B, R, n, d), normalized and rotated: cosine.h ----
 
 // As floats, with zeros up to a multiple of LANES.
 template <typename T>

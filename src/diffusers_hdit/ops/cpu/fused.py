@@ -1,6 +1,6 @@
-"""RMSNorm, GEGLU, and the scaling and turning of queries and keys on the CPU in C++ (`fused_cpp.cpp`), with gradients.
+"""RMSNorm, GEGLU, and the normalizing and rotating of queries and keys on the CPU in C++ (`fused.cpp`), with gradients.
 
-float32 and bfloat16 in memory, float32 inside. Shapes: as in `fused.py` and `cosine.py`.
+float32 and bfloat16 in memory, float32 inside. Shapes: as in `rms_norm.py`, `geglu.py` and `rotary.py`.
 """
 
 from collections.abc import Callable
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from ..cosine import EPS, scale_and_turn_formula
-from ..fused import geglu_formula, rms_norm_formula
+from ..geglu import geglu_reference
+from ..rms_norm import NORM_EPS, rms_norm_reference
+from ..rotary import normalize_and_rotate_reference
 from .library import call
 
 
@@ -54,7 +55,7 @@ def _geglu_gradient(gradient: Tensor, hidden: Tensor) -> Tensor:
 def _norm(x: Tensor, scale: Tensor) -> Tensor:
     x, factors = x.contiguous(), scale.float().contiguous()
     out = torch.empty_like(x)
-    _call("norm_forward", x.dtype, x, factors, out, *_rows(x, scale), EPS)
+    _call("norm_forward", x.dtype, x, factors, out, *_rows(x, scale), NORM_EPS)
     return out
 
 
@@ -62,24 +63,24 @@ def _norm_gradients(gradient: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor,
     gradient, x, factors = gradient.contiguous(), x.contiguous(), scale.float().contiguous()
     images, tokens, channels = _rows(x, scale)
     d_x, shares = torch.empty_like(x), factors.new_empty((images, -(-tokens // _BLOCK), channels))
-    _call("norm_backward", x.dtype, gradient, x, factors, d_x, shares, images, tokens, channels, _BLOCK, EPS)
+    _call("norm_backward", x.dtype, gradient, x, factors, d_x, shares, images, tokens, channels, _BLOCK, NORM_EPS)
     return d_x, shares.sum(1).view(scale.shape).to(scale.dtype)
 
 
 def _rows(x: Tensor, scale: Tensor) -> tuple[int, int, int]:
-    """Images, each with a scale of its own, their tokens, channels."""
+    """Return the numbers of images that have a scale of their own, of their tokens, and of channels."""
     images = len(scale) if scale.dim() == 2 else 1
     return images, x.shape[:-1].numel() // max(images, 1), x.shape[-1]
 
 
-def _scale_and_turn(x: Tensor, norm: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _normalize_and_rotate(x: Tensor, norm: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x, norm, cos, sin = (tensor.contiguous() for tensor in (x, norm, cos, sin))
     out = torch.empty_like(x)
     _call("cosine_forward", x.dtype, x, norm, cos, sin, out, _BLOCK, *_heads(x, cos))
     return out
 
 
-def _scale_and_turn_gradients(
+def _normalize_and_rotate_gradients(
     gradient: Tensor, x: Tensor, norm: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
     gradient, x, norm, cos, sin = (tensor.contiguous() for tensor in (gradient, x, norm, cos, sin))
@@ -115,14 +116,14 @@ norm_gradients = _operator(
     _norm_gradients,
     lambda gradient, x, scale: (_like(x), _like(scale)),
 )
-turn_kernel = _operator(
-    "scale_and_turn(Tensor x, Tensor norm, Tensor cos, Tensor sin) -> Tensor",
-    _scale_and_turn,
+rotate_kernel = _operator(
+    "normalize_and_rotate(Tensor x, Tensor norm, Tensor cos, Tensor sin) -> Tensor",
+    _normalize_and_rotate,
     lambda x, norm, cos, sin: _like(x),
 )
-turn_gradients = _operator(
-    "scale_and_turn_gradients(Tensor gradient, Tensor x, Tensor norm, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
-    _scale_and_turn_gradients,
+rotate_gradients = _operator(
+    "normalize_and_rotate_gradients(Tensor gradient, Tensor x, Tensor norm, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
+    _normalize_and_rotate_gradients,
     lambda gradient, x, norm, cos, sin: (_like(x), _like(norm)),
 )
 
@@ -131,7 +132,7 @@ turn_gradients = _operator(
 
 
 class _OnePass(torch.autograd.Function):
-    """`forward` and `gradient` are kernels; whatever else is asked for is computed from the formula."""
+    """An operation whose `forward` and `gradient` are kernels; all other derivatives are those of the reference."""
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -139,21 +140,21 @@ class _OnePass(torch.autograd.Function):
         ctx.save_for_forward(*inputs)
 
 
-def _one_pass(name: str, formula: Callable, kernel: Callable, gradient: Callable) -> Callable:
+def _one_pass(name: str, reference: Callable, kernel: Callable, gradient: Callable) -> Callable:
     def backward(ctx, of_output):
         inputs = ctx.saved_tensors  # asked for once: checkpointing computes them anew each time
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted
-            return torch.func.vjp(formula, *inputs)[1](of_output)
+            return torch.func.vjp(reference, *inputs)[1](of_output)
         found = gradient(of_output, *inputs)
         return *found, *[None] * (len(inputs) - len(found))  # angles have none
 
     def jvp(ctx, *tangents):
         # Forward mode cannot be nested; what a gradient does to the output's gradient is linear, and this is its transpose.
-        out, back = torch.func.vjp(formula, *ctx.saved_tensors)
+        out, back = torch.func.vjp(reference, *ctx.saved_tensors)
         return torch.func.vjp(back, out)[1](tangents)[0]
 
     def vmap(info, dimensions, *inputs):
-        return torch.vmap(formula, dimensions)(*inputs), 0
+        return torch.vmap(reference, dimensions)(*inputs), 0
 
     methods = {"forward": kernel, "backward": backward, "jvp": jvp, "vmap": vmap}
     function = type(name, (_OnePass,), {name: staticmethod(method) for name, method in methods.items()})
@@ -167,6 +168,6 @@ def _one_pass(name: str, formula: Callable, kernel: Callable, gradient: Callable
     return apply
 
 
-geglu = _one_pass("GEGLU", geglu_formula, geglu_kernel, lambda *inputs: (geglu_gradient(*inputs),))
-rms_norm = _one_pass("RMSNorm", rms_norm_formula, norm_kernel, norm_gradients)
-scale_and_turn = _one_pass("ScaleAndTurn", scale_and_turn_formula, turn_kernel, turn_gradients)
+geglu = _one_pass("GEGLU", geglu_reference, geglu_kernel, lambda *inputs: (geglu_gradient(*inputs),))
+rms_norm = _one_pass("RMSNorm", rms_norm_reference, norm_kernel, norm_gradients)
+normalize_and_rotate = _one_pass("NormalizeAndRotate", normalize_and_rotate_reference, rotate_kernel, rotate_gradients)

@@ -1,11 +1,13 @@
 """The library of C++ kernels for CPUs (`*.cpp` of this folder), compiled when one is first used.
 
-It is kept in `TORCH_EXTENSIONS_DIR`, else in `~/.cache/diffusers_hdit/kernels` (`XDG_CACHE_HOME`), under a name that says
-what it was made of: sources, flags, compiler, PyTorch and processor. Threads are PyTorch's own.
+It is kept in `TORCH_EXTENSIONS_DIR`, else in `~/.cache/diffusers_hdit/kernels` (`XDG_CACHE_HOME`), under a name that
+depends on its sources, flags, compiler, PyTorch and processor. Threads are PyTorch's own.
 """
 
+import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -19,6 +21,14 @@ import torch
 from torch import Tensor
 
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is compiled
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+
 _SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 _HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
@@ -28,9 +38,9 @@ def _compiler() -> str:
     return os.environ.get("CXX") or "g++"
 
 
-def compiled() -> Path:
+def library_path() -> Path:
     """
-    The library, compiled unless it is there.
+    Return the path of the library, which is compiled unless it is there.
 
     Raises:
         RuntimeError: without Linux or a compiler; with what the compiler said, if it failed.
@@ -41,25 +51,45 @@ def compiled() -> Path:
     if compiler is None:
         raise RuntimeError(f"its kernels need a C++ compiler, and {_compiler()!r} is missing; CXX names another")
     sources = [path.read_bytes() for path in _SOURCES + _HEADERS]
-    facts = (sources, repr(flags), compiler, os.path.getmtime(compiler), torch.__version__, _processor())
-    name = f"kernels-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
+    made_of = (sources, repr(flags), compiler, os.path.getmtime(compiler), torch.__version__, _processor())
+    name = f"kernels-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
     reasons = []
     for folder in _folders():
         try:
-            return _compile(compiler, flags, folder, name)
+            return _find_or_compile(compiler, flags, folder, name)
         except OSError as error:  # a home that cannot be written to
             reasons.append(str(error))
-    raise RuntimeError(f"its kernels have no place: {'; '.join(reasons)}. Set TORCH_EXTENSIONS_DIR")
+    raise RuntimeError(f"there is no folder for its kernels: {'; '.join(reasons)}. Set TORCH_EXTENSIONS_DIR")
 
 
-def _compile(compiler: str, flags: list[str], folder: Path, name: str) -> Path:
-    # The library that is found in it is run: nobody else may write there, and no link of somebody's may lead elsewhere.
+def _find_or_compile(compiler: str, flags: list[str], folder: Path, name: str) -> Path:
+    # The library that is found in it is run: nobody else may write there, and no link may lead elsewhere.
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise PermissionError(f"{folder} is a link, or others than this user may write to it")
     if (folder / name).is_file():
         return folder / name
+    # One process compiles, and the others wait; the system releases the lock of one that is killed.
+    lock_path = folder / f"{name}.lock"
+    with open(lock_path, "w") as lock:
+        with contextlib.suppress(OSError):  # file systems without locks: several processes compile
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            if not (folder / name).is_file():
+                _compile(compiler, flags, folder, name)
+        finally:
+            lock_path.unlink(missing_ok=True)
+    return folder / name
+
+
+def _compile(compiler: str, flags: list[str], folder: Path, name: str) -> None:
+    logger.warning(
+        "Compiling kernels for this processor with %s: about ten seconds, once. They are kept in %s. The environment "
+        "variable DIFFUSERS_HDIT_KERNELS=0 switches them off.",
+        compiler,
+        folder,
+    )
     handle, unfinished = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     try:
@@ -67,18 +97,16 @@ def _compile(compiler: str, flags: list[str], folder: Path, name: str) -> Path:
             [compiler, *map(str, _SOURCES), "-o", unfinished, *flags], capture_output=True, text=True, errors="replace"
         )
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if "error" in line] or [
-                f"it ended with {done.returncode}"
-            ]
-            raise RuntimeError(f"its kernels do not compile: {compiler} says {' '.join(said[:2])}")
-        os.replace(unfinished, folder / name)  # whole or not at all: other processes compile too
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            errors = errors or [f"it ended with {done.returncode}"]
+            raise RuntimeError(f"its kernels do not compile: {compiler} says {' '.join(errors[:2])}")
+        os.replace(unfinished, folder / name)
     finally:
         Path(unfinished).unlink(missing_ok=True)
-    return folder / name
 
 
 def _paths() -> list[str]:
-    """What the compiler needs of PyTorch; its OpenMP before the system's, or two of them would keep threads busy."""
+    """Return the compiler's flags for PyTorch; its OpenMP before the system's, or two of them would keep threads busy."""
     package = Path(torch.__file__).parent
     openmp = sorted(map(str, (package / "lib").glob("libgomp*.so*")))[:1]
     libraries = ["-Wl,--as-needed", f"-L{package / 'lib'}", *openmp, "-ltorch_cpu", "-lc10"]
@@ -94,7 +122,7 @@ def _folders() -> list[Path]:
 
 
 def _processor() -> str:
-    """Homes are shared by machines with different processors; "native" code is not."""
+    """Describe the processor: a home folder may be shared by machines with others, on which "native" code fails."""
     try:
         with open("/proc/cpuinfo") as file:
             return next((line for line in file if line.startswith(("flags", "Features"))), platform.machine())
@@ -106,16 +134,18 @@ _library: ctypes.CDLL | None = None
 
 
 def library() -> ctypes.CDLL:
-    """The kernels; raises RuntimeError and OSError where there can be none."""
+    """Return the loaded kernels; raise RuntimeError or OSError where there can be none."""
     global _library
     if _library is None:
-        _library = ctypes.CDLL(str(compiled()))
+        _library = ctypes.CDLL(str(library_path()))
     return _library
 
 
 def call(function: str, *arguments: Tensor | None | list[int] | int | float) -> None:
-    """One of the kernels: tensors as pointers to their data (None: a null pointer), lists of whole numbers as pointers too;
-    whole numbers as 64 bits, others as float32."""
+    """
+    Call a kernel with tensors as pointers to their data (None: a null pointer), lists of whole numbers as pointers too,
+    whole numbers as 64 bits, and other numbers as float32.
+    """
     kernel = getattr(library(), function)
     kernel.restype = None
     kernel(*map(_as_c, arguments))

@@ -1,6 +1,6 @@
-"""Kernels of our own as operators of PyTorch: with gradients, and as one node of a traced graph.
+"""Attention kernels as operators of PyTorch: with gradients, and as one node of a traced graph.
 
-Shapes: as in `neighborhood.py`.
+Shapes: as in `neighborhood_attention.py`.
 """
 
 from collections.abc import Callable
@@ -13,15 +13,16 @@ def make_operators(
     name: str, forward: Callable, backward: Callable, device_types: str | None = None
 ) -> tuple[Callable, Callable]:
     """
-    Registers `diffusers_hdit::{name}_neighborhood_attention` and its backward pass. One name for the whole process: unlike
-    `neighborhood.py`, kernels are not carried along with saved models.
+    Register `diffusers_hdit::{name}_neighborhood_attention` and its backward pass.
+
+    There is one name for the whole process: unlike the references, kernels are not carried by saved pipelines.
 
     Args:
         forward: takes
 
             - query, key, value `(B, h, w, n, d)`, any strides;
             - norm `(n,)` and cos, sin `(h, w, n, c)`, float32 and contiguous, or None: the length that queries and keys
-              are to be brought to first, and the angles that their channels `i` and `c + i` are to be turned by;
+              are normalized to first, and the angles by which their channels `i` and `c + i` are rotated;
             - kh, kw, the window in tokens, odd, at most h and w; scale, a factor on the scores;
 
             and returns the output, `(B, h, w, n, d)` and contiguous, and log2 of the softmax's denominators,

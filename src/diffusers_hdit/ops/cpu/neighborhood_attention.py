@@ -1,14 +1,14 @@
-"""Neighborhood attention on the CPU in C++ (`neighborhood_cpp.cpp`).
+"""Neighborhood attention on the CPU in C++ (`neighborhood_attention.cpp`).
 
 It computes in float32; float16 and bfloat16 are converted.
 
-Shapes: as in `neighborhood.py`.
+Shapes: as in `ops/neighborhood_attention.py`.
 """
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..neighborhood_operators import make_operators
+from ..operators import make_operators
 from .library import call
 
 
@@ -16,7 +16,7 @@ _CHANNELS = 16  # of whose multiples the kernels take heads
 
 
 def _ready(*tensors: Tensor) -> list[Tensor]:
-    """Float32, channels next to each other and as many as the kernels take."""
+    """Return tensors in float32 with adjacent channels, as many as the kernels take."""
     missing = -tensors[0].shape[-1] % _CHANNELS
     tensors = [F.pad(x.float(), (0, missing)) if missing else x.float() for x in tensors]
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]

@@ -1,4 +1,4 @@
-// Neighborhood attention on the CPU, forward and backward; neighborhood_cpp.py compiles and calls this.
+// Neighborhood attention on the CPU, forward and backward; neighborhood_attention.py compiles and calls this.
 //
 // No halo is written to memory. A task is a band of query rows of one image and head; within it, a strip of LANES
 // neighbouring queries of one row (or of ROWS rows, which share what they load) is taken at once:
@@ -79,7 +79,7 @@ class Space {
     }
 };
 
-// How queries and keys are to be scaled and turned. Without norm (a null pointer) nothing is to be done.
+// How queries and keys are to be normalized and rotated. Without norm (a null pointer) nothing is to be done.
 struct Cosines {
     const float *norm, *cos, *sin;  // (n), and (h, w, n, pairs)
 

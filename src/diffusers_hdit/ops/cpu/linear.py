@@ -1,6 +1,7 @@
 """A linear layer by oneDNN in float32, as an operator of PyTorch: with gradients of any order, and one node of a traced graph.
 
-The operator of PyTorch's that calls it is the one into which `torch.compile` turns layers of constant weights.
+No public function of PyTorch calls oneDNN for float32 products where MKL is there. The private operator used here is the
+one into which `torch.compile` turns layers of constant weights; without it, `ops/linear.py` leaves the product to MKL.
 """
 
 import torch
@@ -32,6 +33,9 @@ def _gradients(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return of_x, linear(x.t(), gradient.t()).t()
     return of_x, linear(gradient.t(), x.t())
 
+
+if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    raise ImportError("this PyTorch has no torch.ops.mkldnn._linear_pointwise")
 
 _library = torch.library.Library("diffusers_hdit", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor weight) -> Tensor")

@@ -2,16 +2,16 @@
 
 The softmax over the blocks of a halo is that of Dao et al. 2022, "FlashAttention", https://arxiv.org/abs/2205.14135
 (algorithm 1; the backward pass recomputes the weights from the saved log-sum-exp, algorithm 4). The windows are those
-of `neighborhood.py`, which calls this. Imported only where the backend is used: it needs Triton.
+of `ops/neighborhood_attention.py`, which calls this. It is imported only where Triton is installed.
 
-Queries and keys that are still to be scaled and rotated (`cosine_similarity`) are as they are loaded, and their gradients
-go the same way back before they are stored.
+Queries and keys that are not yet normalized and rotated (`normalize_and_rotate`) are so when they are loaded, and their
+gradients go the same way back before they are stored.
 
 Shapes:
     B batch              h, w grid of tokens        n heads         d channels of a head
     kh, kw window        tile: TH x TW tokens       block: BH x BW tokens of the halo, taken at once
-    PAIRS of channels of a head are turned (0: none; -1: nothing is to be scaled either); PW, RW: channels of a part of them,
-    and of the rest, as many as a product of matrices takes
+    PAIRS of channels of a head are rotated (0: none; -1: nothing is normalized either); PW, RW: channels of a half of the
+    pairs, and of the rest, padded to what a matrix product takes
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from ..neighborhood_operators import make_operators
+from ..operators import make_operators
 
 
 HEAD_DIMS = (16, 32, 64, 128)
@@ -382,8 +382,8 @@ def launch_options(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
 
 def part_sizes(head_dim: int, pairs: int) -> dict[str, int]:
     """PAIRS, PW and RW: powers of two, and at least 16."""
-    turned = max(pairs, 0)
-    wide = {"PW": turned, "RW": head_dim - 2 * turned}
+    rotated = max(pairs, 0)
+    wide = {"PW": rotated, "RW": head_dim - 2 * rotated}
     return {"PAIRS": pairs} | {name: max(16, triton.next_power_of_2(count)) for name, count in wide.items()}
 
 
