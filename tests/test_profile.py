@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -54,12 +55,16 @@ def test_activation_memory_is_what_autograd_keeps(types):
 
 
 def test_command_line():
-    run = lambda *args: subprocess.run(  # noqa: E731
-        [sys.executable, "-m", "diffusers_hdit.evaluation.profiler", *args], capture_output=True, text=True
-    )
+    def run(*args):
+        command = [sys.executable, "-m", "diffusers_hdit.evaluation.profiler", *args]
+        # Without kernels none is compiled, which would be announced.
+        environment = {**os.environ, "DIFFUSERS_HDIT_KERNELS": "0"}
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
     done = run("--preset", "ffhq-1024")
     assert "85.1M" in done.stdout and "206.1" in done.stdout and "28.7%" in done.stdout
     assert done.returncode == 0 and not done.stderr
+    assert "geglu" in done.stdout and "normalize_and_rotate" in done.stdout, "the kernels that would run"
     # Four times the pixels, four times the work of a local level.
     done = run("--preset", "tiny")
     assert "123.9M" in done.stdout and "139.3k" in done.stdout and " 0.0" not in done.stdout.replace(" 0.0%", "")

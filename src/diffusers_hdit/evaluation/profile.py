@@ -1,6 +1,7 @@
-"""Print the parameters, multiply-accumulates (of one image's forward pass) and memory of a preset's model.
+"""Print the parameters, multiply-accumulates (of one image's forward pass) and memory of a preset's model, and the kernels
+that would run on a device.
 
-diffusers-hdit profile --preset ffhq-1024 [--resolution N]
+    diffusers-hdit profile --preset ffhq-1024 [--resolution N] [--device cuda]
 """
 
 import argparse
@@ -15,6 +16,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--preset", required=True, choices=presets.names())
     parser.add_argument("--resolution", type=int, nargs="+", help="pixels, one number or height and width")
+    parser.add_argument("--device", help="report the kernels for it; default: cuda if there is one, else cpu")
     args = parser.parse_args(argv)
     if args.resolution and len(args.resolution) > 2:
         parser.error(f"--resolution is one number, or height and width; got {args.resolution}.")
@@ -24,12 +26,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command `diffusers-hdit profile`; what can't be done ends the program with one line."""
     args = parse_args(argv)
-    from .profiler import profile_model  # imports torch
+    import torch
 
-    resolution = args.resolution and (args.resolution * 2)[:2]
+    from .. import ops
+    from ..models.modeling_hdit import HDiTModel
+    from .profiler import profile_model
+
+    config, resolution = presets.load(args.preset)["model"], args.resolution and (args.resolution * 2)[:2]
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        print(report(profile_model(presets.load(args.preset)["model"], resolution)))
-    except ValueError as error:
+        print(report(profile_model(config, resolution)))
+        with torch.device("meta"):
+            model = HDiTModel(**config)
+        print(f"\n{ops.report(model, device, training=True)}")
+    except (ValueError, RuntimeError) as error:  # RuntimeError: no device of that name
         sys.exit(f"error: {error}")
 
 

@@ -57,10 +57,7 @@ def profile_model(
     Raises:
         ValueError: for a configuration or a resolution that does not fit.
     """
-    with FakeTensorMode():
-        model = HDiTModel(**config)
-        model.set_gradient_checkpointing_levels(checkpointed_levels)
-        return _profile(model, resolution)
+    return profile_network(HDiTModel, config, resolution, checkpointed_levels)
 
 
 def profile_network(
@@ -71,50 +68,42 @@ def profile_network(
 ) -> ModelProfile:
     """
     Count what `profile_model` counts, in the same units, for any network of `networks.NETWORKS`, to compare them at equal
-    parameters or equal work. All but HDiT have one level; their matrix products and convolutions are counted while they
-    run.
-
-    Args:
-        network_class, config: the class, and its arguments.
-        resolution, checkpointed_levels: as in `profile_model`; a baseline has one level, 0.
-
-    Raises:
-        ValueError: for a configuration or a resolution that does not fit.
+    parameters or equal work. A baseline has one level, 0; its matrix products and convolutions are counted while they run.
     """
-    if issubclass(network_class, HDiTModel):
-        return profile_model(config, resolution, checkpointed_levels)
     with FakeTensorMode():
         network = network_class(**config)
         network.set_gradient_checkpointing_levels(checkpointed_levels)
         height, width = (resolution, resolution) if isinstance(resolution, int) else resolution or network.sample_size
         network.check_size(height, width)
-        parameters = sum(p.numel() for p in network.parameters())
-        # The counter knows matrix products, but not the fused attention kernels of all devices.
-        with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            network(**inputs(network, height, width, torch.float32))
-        level = LevelProfile("all", parameters=parameters, macs=counter.get_total_flops() // 2)
-        return ModelProfile([level], activation_bytes(network, height, width))
+        levels = (profile_levels if isinstance(network, HDiTModel) else profile_baseline)(network, height, width)
+        return ModelProfile(levels, activation_bytes(network, height, width))
 
 
-def _profile(model: HDiTModel, resolution: int | tuple[int, int] | None) -> ModelProfile:
-    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution or model.sample_size
-    model.check_size(height, width)
+def profile_baseline(network: nn.Module, height: int, width: int) -> list[LevelProfile]:
+    parameters = sum(p.numel() for p in network.parameters())
+    # The counter knows matrix products, but not the fused attention kernels of all devices.
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        network(**inputs(network, height, width, torch.float32))
+    return [LevelProfile("all", parameters=parameters, macs=counter.get_total_flops() // 2)]
 
+
+def profile_levels(model: HDiTModel, height: int, width: int) -> list[LevelProfile]:
+    """Return the cost of each level of an HDiT, of what is between the levels, and of the conditioning."""
     grids = [(height // model.patch_size[0] >> i, width // model.patch_size[1] >> i) for i in range(len(model.levels))]
     rows = [LevelProfile(f"{level.type} {h}×{w}", h * w) for level, (h, w) in zip(model.levels, grids, strict=True)]
     between, conditioning = LevelProfile("patches, merges, splits"), LevelProfile("conditioning")
     for name, module in model.named_modules():
-        part, *rest = name.split(".")
-        index = int(rest[0]) if rest and part not in ("conditioning", "patch_in", "patch_out") else 0
-        if part == "transformer_blocks":
+        module_name, *rest = name.split(".")
+        index = int(rest[0]) if rest and module_name not in ("conditioning", "patch_in", "patch_out") else 0
+        if module_name == "transformer_blocks":
             level, row = len(rows) - 1, rows[-1]
-        elif part in ("down_blocks", "up_blocks"):
+        elif module_name in ("down_blocks", "up_blocks"):
             level, row = index, rows[index]
-        elif part == "conditioning":
+        elif module_name == "conditioning":
             level, row = None, conditioning
         else:
             # A merge and a split see the tokens of the inner of their two levels, what mixes skips those of the outer.
-            inner = part in ("merges", "splits") and bool(rest) and rest[-1] != "mix"
+            inner = module_name in ("merges", "splits") and bool(rest) and rest[-1] != "mix"
             level, row = index + inner, between
         row.parameters += sum(p.numel() for p in module.parameters(recurse=False))
         if isinstance(module, nn.Linear):
@@ -126,7 +115,7 @@ def _profile(model: HDiTModel, resolution: int | tuple[int, int] | None) -> Mode
             macs = 2 * module.processor.query_key_pairs(*grids[level]) * module.to_q.out_features
             row.macs += macs
             row.attention_macs += macs
-    return ModelProfile([*rows, between, conditioning], activation_bytes(model, height, width))
+    return [*rows, between, conditioning]
 
 
 def activation_bytes(model: nn.Module, height: int, width: int) -> int:
