@@ -38,7 +38,7 @@ from diffusers_hdit import (
 from diffusers_hdit import conversion as convert_k_diffusion
 from diffusers_hdit.hub import model_card
 from diffusers_hdit.hub import push as hub_module
-from diffusers_hdit.hub.model_card import TrainingFacts
+from diffusers_hdit.hub.model_card import TrainingMetadata
 from diffusers_hdit.hub.push import BackgroundPush, push_folder
 from diffusers_hdit.training.config import parse_args
 from diffusers_hdit.training.trainer import run_training
@@ -544,12 +544,12 @@ def test_training_pushes_on_the_way_and_at_the_end(hub, tmp_path):
     )
 
     card = repo.files["README.md"].decode()
-    facts = json.loads((tmp_path / "run" / "training_facts.json").read_text())
+    training_metadata = json.loads((tmp_path / "run" / "training_facts.json").read_text())
     for row in (
         "| dataset | fluent-faces |", "| images in it | 124 |", "| steps | 4 |", "| images seen | 32 |",
         "| images a step | 8 |", "| noise density | lognormal |", "| loss weighting | soft-min-snr |",
         "| precision | float32 |", "| hardware | CPU, 1 threads |", "| labels dropped | 0.1 |",
-        f"| training loss | {facts['final_loss']:.4f}, mean of the last 4 steps |",
+        f"| training loss | {training_metadata['final_loss']:.4f}, mean of the last 4 steps |",
     ):  # fmt: skip
         assert row in card, row
     assert "2 images, 50 steps, seed 0, not selected." in card and "datasets" not in header(card)
@@ -688,7 +688,7 @@ def test_the_card_says_what_is_not_the_papers(hub, make_pipeline):
 
 
 def test_facts_metrics_and_samples(hub, make_pipeline):
-    facts = TrainingFacts(
+    training_metadata = TrainingMetadata(
         dataset="owls",
         dataset_id="user/owls",
         images_seen=1_000_000,
@@ -697,17 +697,17 @@ def test_facts_metrics_and_samples(hub, make_pipeline):
         samples={"file": "grid.png", "images": 4, "steps": 20, "seed": 3},
     )
     picture = Image.new("RGB", (8, 8))
-    make_pipeline().push_to_hub(NAME, facts=facts, samples=picture, license="cc-by-4.0")
+    make_pipeline().push_to_hub(NAME, training_metadata=training_metadata, samples=picture, license="cc-by-4.0")
     card = hub.repos[NAME].files["README.md"].decode()
     assert "| FID | 12.5 | InceptionV3 | 50,000 |" in card and "| images seen | 1,000,000 |" in card
     assert "| hardware | H1, then H2 |" in card and "| time | 2.5 hours, validation" in card
     assert "![4 images drawn by this model](samples.png)" in card and "4 images, 20 steps, seed 3." in card
-    assert "steps |" not in card.split("## Training")[1], "unknown facts are left out"
+    assert "steps |" not in card.split("## Training")[1], "unknown training_metadata are left out"
     assert header(card)["license"] == "cc-by-4.0" and header(card)["datasets"] == ["user/owls"]
     assert "class-conditional-image-generation" in header(card)["tags"] and "cat, dog, owl" in card
     assert hub.repos[NAME].files["samples.png"][1:4] == b"PNG"
     with pytest.raises(ValueError, match="lacks feature_network"):
-        TrainingFacts(metrics=[{"name": "FID", "value": 1.0, "images": 10}])
+        TrainingMetadata(metrics=[{"name": "FID", "value": 1.0, "images": 10}])
     with pytest.raises(ValueError, match="could not say how they were drawn"):
         make_pipeline().push_to_hub(NAME, samples=picture)
 
@@ -725,9 +725,9 @@ def test_hand_written_text_is_kept(hub, pushed):
         return card.replace("- hdit", "- hdit\n- owls").replace("# faces\n", "# My faces\n\nAbove.\n") + "\nBelow.\r\n"
 
     edit(NAME, change)
-    facts = TrainingFacts(images_seen=77, dataset_id="user/owls")
+    training_metadata = TrainingMetadata(images_seen=77, dataset_id="user/owls")
     for _ in range(2):
-        pushed.push_to_hub(NAME, facts=facts)
+        pushed.push_to_hub(NAME, training_metadata=training_metadata)
     card = hub.repos[NAME].files["README.md"].decode()
     assert card.index("# My faces\n\nAbove.") < card.index("<!-- diffusers-hdit") < card.index("Below.")
     assert card.count("## Model") == 1 and "| images seen | 77 |" in card and "Weights: mit." in card
@@ -738,7 +738,7 @@ def test_hand_written_text_is_kept(hub, pushed):
 
 def test_edits_inside_the_written_part_are_kept_too(hub, pushed):
     edit(NAME, lambda card: card.replace("For research", "My cat likes it. For research"))
-    pushed.push_to_hub(NAME, facts=TrainingFacts(images_seen=77))
+    pushed.push_to_hub(NAME, training_metadata=TrainingMetadata(images_seen=77))
     card = hub.repos[NAME].files["README.md"].decode()
     assert card.count("My cat likes it.") == 1
     assert card.index("| images seen | 77 |") < card.index("# As edited before the last push") < card.index("My cat")
@@ -754,7 +754,7 @@ def test_a_card_that_is_written_while_a_push_is_on_its_way(hub, pushed):
         return original(method, path)
 
     hub.failure = failure
-    pushed.push_to_hub(NAME, facts=TrainingFacts(images_seen=77))
+    pushed.push_to_hub(NAME, training_metadata=TrainingMetadata(images_seen=77))
     card = hub.repos[NAME].files["README.md"].decode()
     assert mine in card and "| images seen | 77 |" in card and hub.count("POST", "/commit/") == 3
 
@@ -822,10 +822,10 @@ def test_paths_stay_inside(hub, pushed, make_pipeline, tmp_path):
         with pytest.raises(ValueError, match="is not inside of"):
             push_folder(folder, NAME)
     (folder / "model_index.json").write_text(json.dumps(index))
-    TrainingFacts(samples={"file": "../secret/id.json", "images": 1, "steps": 1, "seed": 1}).save(folder)
+    TrainingMetadata(samples={"file": "../secret/id.json", "images": 1, "steps": 1, "seed": 1}).save(folder)
     with pytest.raises(ValueError, match="is not inside of"):
         push_folder(folder, NAME)
-    (folder / model_card.FACTS_FILE).unlink()
+    (folder / model_card.METADATA_FILE).unlink()
     (folder / "transformer" / "link.json").symlink_to(secret)
     with pytest.raises(ValueError, match="is not inside of"):
         push_folder(folder, NAME)

@@ -17,7 +17,7 @@ from torch import nn
 
 from diffusers_hdit import HDiTPipeline
 from diffusers_hdit.evaluation import evaluate, evaluator, metrics
-from diffusers_hdit.hub.model_card import TrainingFacts
+from diffusers_hdit.hub.model_card import TrainingMetadata
 
 
 SHEET = REPOSITORY / "src" / "diffusers_hdit" / "data" / "fluent_faces_64.png"
@@ -386,7 +386,7 @@ def test_results_say_what_they_are_of():
     assert by_name["frechet_distance"]["floor_images"] == 40 and by_name["frechet_distance"]["floor"] > 0
     assert by_name["kernel_distance"]["standard_error"] > 0
     assert all("should be equal" in by_name[name]["bias"] for name in ("precision", "recall"))
-    TrainingFacts(metrics=results)
+    TrainingMetadata(metrics=results)
     with pytest.raises(ValueError, match="got lpips"):
         metrics.evaluate(features(9), features(9), ["lpips"], extractor)
     with pytest.raises(ValueError, match="inception-v3, got pixels; of other features it is called frechet_distance"):

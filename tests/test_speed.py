@@ -146,10 +146,10 @@ def test_compiled(make_pipeline):
     """The whole network as one graph (fullgraph), which is what CUDA graphs need; guided and unguided steps."""
     pipe = make_pipeline(depths=(1, 1, 2))
     arguments = {"guidance_scale": 2.0, "guidance_interval": (0.1, 5.0)}
-    with reference():  # which a graph has; kernels round otherwise, and 20 steps make more of it
+    with reference():  # which a graph has; kernels round in another way, and 20 steps amplify it
         plain = draw(pipe, **arguments)
-    pipe.transformer.compile(fullgraph=True, backend="aot_eager")
-    assert relative_error(draw(pipe, **arguments), plain) < 1e-4
+        pipe.transformer.compile(fullgraph=True, backend="aot_eager")
+        assert relative_error(draw(pipe, **arguments), plain) < 1e-4
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -48,7 +48,7 @@ NAMES = {
     "CarriesCode": "RemoteCodeMixin",
     "NOT_WRITTEN_OUT": "STUBBED_IMPORTS",
     "make_attention_kind": "a processor",
-    "normalize_and_rotate": "normalize_and_rotate",
+    "scale_and_turn": "normalize_and_rotate",
     "has_kernels": "ops availability",
     "bad_in_row": "consecutive_skips",
     "ema_lengths": "ema_sigma_rel",
@@ -178,12 +178,12 @@ def test_pages(path):
 
 
 def test_wrong_words_are_found():
-    tree = ast.parse("class Watch:\n    facts: dict\n    def f(self, kind): ...\ndef normalize_and_rotate(x): ...\n")
+    tree = ast.parse("class Watch:\n    facts: dict\n    def f(self, kind): ...\ndef scale_and_turn(x): ...\n")
     assert {name for name, _ in public_names(tree) if wrong_name(name)} == {
         "Watch",
         "facts",
         "kind",
-        "normalize_and_rotate",
+        "scale_and_turn",
     }
     assert wrong_name("kinder") is None and wrong_name("redrawn") is None and wrong_name("attention_kind")
     assert [better for _, better in wrong_prose("Draws images.\nAn interrupted run goes\non.")]

@@ -108,7 +108,7 @@ def reference_config(model: HDiTModel, scheduler_config: Mapping, original: dict
     if other:
         raise ValueError(
             f"the reference has no such network: it does not know {', '.join(dict.fromkeys(other))}. Only models with "
-            f"the paper's parts can be written: attention types {', '.join(map(repr, reference_types))}, and "
+            f"the paper's design choices can be written: attention types {', '.join(map(repr, reference_types))}, and "
             f"{', '.join(f'{name}={choices[0]!r}' for name, choices in DESIGN_CHOICES.items())}."
         )
     config = copy.deepcopy(original or {})

@@ -163,7 +163,7 @@ class StreamedImages(torch.utils.data.Dataset):
         return locate_channels(decoded, self.in_channels)
 
     def _dtype(self, decoded) -> str:
-        return dtype_for(decoded.kind, np.shape(decoded.pixels), self.in_channels)
+        return dtype_for(decoded.content_type, np.shape(decoded.pixels), self.in_channels)
 
     def _dtype_of_first(self, row) -> str:
         try:

@@ -44,7 +44,7 @@ class Decoded(NamedTuple):
     size: tuple[int, int]
 
     @property
-    def kind(self) -> str:
+    def content_type(self) -> str:
         """Return "image" for what PIL converts between grey, RGB and RGBA, else the dtype of the array."""
         return "image" if isinstance(self.pixels, Image.Image) else self.pixels.dtype.name
 
@@ -57,7 +57,7 @@ def decode(file, min_size: tuple[int, int] | None = None) -> Decoded:
     """
     Decode an image file and rotate it upright, or read an array from an .npy file.
 
-    Of an animation, and of a .tif of several pictures, the first is read. A .tif of several grey pages of one size is
+    Of an animation, and of a .tif of several images, the first is read. A .tif of several grey pages of one size is
     an array with a channel for each page. 16-bit grey becomes a uint16 array, a floating-point image a float32 one.
 
     Args:
@@ -68,21 +68,21 @@ def decode(file, min_size: tuple[int, int] | None = None) -> Decoded:
     Raises:
         ValueError: pixels of a type or range that has no meaning here. Decoders raise OSError and others.
     """
-    kind = _kind_of_file(file)
-    if kind == "npy":
+    content_type = _type_of_file(file)
+    if content_type == "npy":
         return decode_array(np.load(file, allow_pickle=False))
-    if kind == "tiff" and not isinstance(file, io.BytesIO):
+    if content_type == "tiff" and not isinstance(file, io.BytesIO):
         # Given the name of a file, Pillow (13.0) maps the stored pixels as if they were rotated upright already.
         with open(file, "rb") as opened:
-            return _decode_image(opened, kind, min_size)
-    return _decode_image(file, kind, min_size)
+            return _decode_image(opened, content_type, min_size)
+    return _decode_image(file, content_type, min_size)
 
 
-def _decode_image(file, kind, min_size) -> Decoded:
+def _decode_image(file, content_type, min_size) -> Decoded:
     try:
         image = Image.open(file)
     except Image.UnidentifiedImageError as error:
-        if kind == "tiff":
+        if content_type == "tiff":
             raise ValueError(f"PIL cannot read this kind of TIFF; {CONVERT}") from error
         raise
     with image:
@@ -121,7 +121,7 @@ def _orientation(image) -> int | None:
         return None
 
 
-def _kind_of_file(file) -> str | None:
+def _type_of_file(file) -> str | None:
     """Return "npy" or "tiff", by the first bytes of what is in memory, by the name of what is not."""
     if isinstance(file, io.BytesIO):
         magic = bytes(file.getbuffer()[:6])
@@ -141,7 +141,7 @@ def decode_array(array: np.ndarray) -> Decoded:
 
 
 def _stack_pages(image) -> np.ndarray | None:
-    """Return grey pages of one size as the channels of an array (H, W, C); None for pages that are pictures."""
+    """Return grey pages of one size as the channels of an array (H, W, C); None for pages that are images of their own."""
     pages = []
     for page in range(image.n_frames):
         image.seek(page)
@@ -204,17 +204,17 @@ def array_size(shape: tuple[int, ...], layout: str) -> tuple[int, int]:
 
 def locate_channels(decoded: Decoded, channels: int) -> Decoded:
     """Correct the size of an array whose C channels may come first or last."""
-    if decoded.kind == "image":
+    if decoded.content_type == "image":
         return decoded
     shape = decoded.pixels.shape
     return decoded._replace(size=array_size(shape, channel_layout(shape, channels) or "last"))
 
 
-def dtype_for(kind: str, shape: tuple[int, ...], channels: int) -> str:
+def dtype_for(content_type: str, shape: tuple[int, ...], channels: int) -> str:
     """Return the type that keeps what an image or array holds; only one-channel models keep 16 bits of grey."""
-    if kind == "image" or (kind == "uint16" and len(shape) == 2 and channels != 1):
+    if content_type == "image" or (content_type == "uint16" and len(shape) == 2 and channels != 1):
         return "uint8"
-    return kind
+    return content_type
 
 
 def to_channels(pixels: Image.Image | np.ndarray, channels: int, dtype: str) -> Image.Image | np.ndarray:

@@ -22,7 +22,7 @@ MANIFEST_VERSION = 3  # 3: palettes of TIFFs are applied
 class ImageInfo(NamedTuple):
     """What is known of an image as it was found, whatever the model makes of it, so that it serves all settings."""
 
-    kind: str  # "image", or the dtype of an array: see `transforms.Decoded.kind`
+    content_type: str  # "image", or the dtype of an array: see `transforms.Decoded.content_type`
     shape: tuple[int, ...]  # of an array; (height, width) of an image
 
 
@@ -49,7 +49,7 @@ def check_images(source, cache_dir) -> tuple[list[ImageInfo | None], dict[str, s
             errors[source.names[i]] = outcome
     if manifest and len(errors) < len(unknown):
         # Only what could be read is remembered: an unreadable image may have been the disk's or a permission's fault.
-        readable = [[*key, info.kind, *info.shape] for key, info in zip(keys, infos, strict=True) if info]
+        readable = [[*key, info.content_type, *info.shape] for key, info in zip(keys, infos, strict=True) if info]
         write_manifest(manifest, {"source": source.cache_key, "images": readable})
     return infos, errors
 
@@ -60,7 +60,9 @@ def _decode_all(source, indices) -> Iterator[ImageInfo | str]:
     def decode_one(i):
         try:
             decoded = source.read(i, SMALLEST)
-            return ImageInfo(decoded.kind, decoded.size if decoded.kind == "image" else decoded.pixels.shape)
+            return ImageInfo(
+                decoded.content_type, decoded.size if decoded.content_type == "image" else decoded.pixels.shape
+            )
         except MemoryError:
             raise
         except Exception as error:  # decoders fail in many ways: OSError, SyntaxError, struct.error, ...
@@ -90,11 +92,13 @@ def _read_manifest(path, key) -> dict[tuple, ImageInfo]:
         if manifest["source"] != key:
             return {}
         images = {
-            (name, int(n), int(t)): ImageInfo(kind, tuple(int(side) for side in shape))
-            for name, n, t, kind, *shape in manifest["images"]
+            (name, int(n), int(t)): ImageInfo(content_type, tuple(int(side) for side in shape))
+            for name, n, t, content_type, *shape in manifest["images"]
         }
-        kinds = ("image", *DTYPES)
-        sound = all(i.kind in kinds and len(i.shape) in (2, 3) and min(i.shape) > 0 for i in images.values())
+        content_types = ("image", *DTYPES)
+        sound = all(
+            i.content_type in content_types and len(i.shape) in (2, 3) and min(i.shape) > 0 for i in images.values()
+        )
         return images if sound else {}
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return {}

@@ -1,6 +1,6 @@
 """Model cards: what the configuration says, what the training measured, and whatever somebody wrote by hand.
 
-A fact that is not known is left out. The written part stands between two marks and is renewed by each push; the text
+What is not known is left out. The written part stands between two marks and is renewed by each push; the text
 around it, and metadata that is there already, stay as they are.
 """
 
@@ -21,7 +21,7 @@ from ..models.modeling_hdit import DESIGN_CHOICES, HDiTModel
 from ..models.networks import network_class
 
 
-FACTS_FILE = "training_facts.json"
+METADATA_FILE = "training_facts.json"
 SAMPLES_FILE = "samples.png"  # in the repository
 
 _BEGIN = (
@@ -74,7 +74,7 @@ _NETWORKS = {
 
 
 @dataclass
-class TrainingFacts:
+class TrainingMetadata:
     """
     What a training knows of itself. None means not known; the card then says nothing of it.
 
@@ -85,7 +85,7 @@ class TrainingFacts:
         runs: `{"hardware": str, "seconds": float}` for each uninterrupted part, validation and saving included.
         final_loss, final_loss_steps: mean of the training loss over the last so many steps.
         metrics: `{"name", "value", "feature_network", "images"}` of each distance that was computed.
-        samples: `{"file", "images", "steps", "seed"}` of the picture of samples, the file relative to the folder; and
+        samples: `{"file", "images", "steps", "seed"}` of the grid of samples, the file relative to the folder; and
             `"selected": False` if nobody chose among them.
     """
 
@@ -119,17 +119,17 @@ class TrainingFacts:
 
     def save(self, folder: Path) -> None:
         known = {name: value for name, value in asdict(self).items() if value is not None}
-        (Path(folder) / FACTS_FILE).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+        (Path(folder) / METADATA_FILE).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> "TrainingFacts | None":
+    def load(cls, folder: Path) -> "TrainingMetadata | None":
         """
         What `save` wrote into the folder; None if there is nothing.
 
         Raises:
-            ValueError: for a file that is not such facts.
+            ValueError: for a file that holds something else.
         """
-        path = Path(folder) / FACTS_FILE
+        path = Path(folder) / METADATA_FILE
         if not path.is_file():
             return None
         try:
@@ -138,7 +138,7 @@ class TrainingFacts:
             raise ValueError(f"{str(path)!r} is not readable JSON: {error}") from error
         unknown = set(found) - {field.name for field in fields(cls)}
         if unknown:
-            raise ValueError(f"{str(path)!r} has unknown facts: {', '.join(sorted(unknown))}.")
+            raise ValueError(f"{str(path)!r} has unknown fields: {', '.join(sorted(unknown))}.")
         return cls(**found)
 
 
@@ -151,7 +151,7 @@ def card_section(
     model_config: dict,
     scheduler_config: dict,
     pipeline_config: dict,
-    facts: TrainingFacts | None,
+    training_metadata: TrainingMetadata | None,
     license: str | None,
 ) -> str:
     """
@@ -159,24 +159,24 @@ def card_section(
 
     Args:
         model_config, scheduler_config, pipeline_config: as in the folder's JSON files.
-        facts: of the training; None if nothing is known of it.
+        training_metadata: of the training; None if nothing is known of it.
         license: of the weights; None if nobody said.
     """
     classes = {int(i): name for i, name in (pipeline_config.get("id2label") or {}).items()}
     parts = [
-        introduction(model_config, facts),
+        introduction(model_config, training_metadata),
         usage(repo_id, classes, pipeline_name(pipeline_config)),
         model_table(model_config, scheduler_config, classes),
-        training_table(facts, from_k_diffusion=pipeline_config.get("k_diffusion_config") is not None),
-        evaluation(facts),
-        limits(model_config, facts),
+        training_table(training_metadata, from_k_diffusion=pipeline_config.get("k_diffusion_config") is not None),
+        evaluation(training_metadata),
+        limits(model_config, training_metadata),
         licence(license),
         f"## Citation\n\n```bibtex\n{_NETWORKS[network_class(model_config)][2]}\n```",
     ]
     return "\n\n".join(parts)
 
 
-def introduction(config: dict, facts: TrainingFacts | None) -> str:
+def introduction(config: dict, training_metadata: TrainingMetadata | None) -> str:
     height, width = pair(config["sample_size"])
     kind = "Class-conditional image generation" if config.get("num_classes") else "Unconditional image generation"
     kind = "Super-resolution" if config.get("conditioning_channels") else kind
@@ -184,9 +184,9 @@ def introduction(config: dict, facts: TrainingFacts | None) -> str:
         f"{kind} at {height}×{width}, directly in pixels, with {_NETWORKS[network_class(config)][0]}, for "
         "[Diffusers](https://huggingface.co/docs/diffusers)."
     )
-    if facts is not None and facts.samples:
-        samples = facts.samples
-        text += f"\n\n![{samples['images']} images drawn by this model]({SAMPLES_FILE})\n\n" + (
+    if training_metadata is not None and training_metadata.samples:
+        samples = training_metadata.samples
+        text += f"\n\n![{samples['images']} images generated by this model]({SAMPLES_FILE})\n\n" + (
             f"{samples['images']} images, {samples['steps']} steps, seed {samples['seed']}"
             f"{', not selected' if samples.get('selected') is False else ''}."
         )
@@ -200,30 +200,30 @@ def pipeline_name(pipeline_config: dict) -> str:
 
 # What a pipeline is called with first.
 _ARGUMENTS = {
-    "HDiTImg2ImgPipeline": "image=picture, strength=0.6, ",
-    "HDiTInpaintPipeline": "image=picture, mask_image=mask, ",
-    "HDiTUpscalePipeline": "image=picture, ",
+    "HDiTImg2ImgPipeline": "image=image, strength=0.6, ",
+    "HDiTInpaintPipeline": "image=image, mask_image=mask, ",
+    "HDiTUpscalePipeline": "image=image, ",
 }
 
 
 def usage(repo_id: str, classes: dict[int, str], pipeline: str) -> str:
     label = f"class_labels={json.dumps(next(iter(classes.values())), ensure_ascii=False)}, " if classes else ""
     arguments = f"{_ARGUMENTS.get(pipeline, '')}{label}num_inference_steps=50"
-    pictures = ""
+    inputs = ""
     if pipeline in _ARGUMENTS:
-        pictures = 'picture = Image.open("picture.png").convert("RGB")\n'
+        inputs = 'image = Image.open("image.png").convert("RGB")\n'
     if pipeline == "HDiTInpaintPipeline":
-        pictures += 'mask = Image.open("mask.png")  # white is drawn anew\n'
+        inputs += 'mask = Image.open("mask.png")  # white is generated anew\n'
     # A subclass of somebody's own is loaded with the class that is known.
     pipeline = pipeline if pipeline in _ARGUMENTS else "HDiTPipeline"
-    pil = "from PIL import Image\n" if pictures else ""
+    pil = "from PIL import Image\n" if inputs else ""
     return f"""\
 ## Use
 
 ```python
 {pil}from diffusers_hdit import {pipeline}  # the package diffusers-hdit
 
-{pictures}pipe = {pipeline}.from_pretrained("{repo_id}")
+{inputs}pipe = {pipeline}.from_pretrained("{repo_id}")
 image = pipe({arguments}).images[0]
 ```
 
@@ -232,7 +232,7 @@ Without the package, with the code in this repository; read it first, it runs on
 ```python
 {pil}from diffusers import DiffusionPipeline
 
-{pictures}pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
+{inputs}pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
 image = pipe({arguments}).images[0]
 ```"""
 
@@ -276,55 +276,64 @@ def model_table(config: dict, scheduler_config: dict, classes: dict[int, str]) -
     return "\n".join(lines + table(("level", "attention", "tokens", "width", "depth", "GMAC"), rows))
 
 
-def training_table(facts: TrainingFacts | None, from_k_diffusion: bool) -> str:
-    if facts is None:
+def training_table(training_metadata: TrainingMetadata | None, from_k_diffusion: bool) -> str:
+    if training_metadata is None:
         origin = "The weights come from a checkpoint of the reference implementation, k-diffusion. "
         return f"## Training\n\n{origin if from_k_diffusion else ''}How they were trained is not recorded here."
-    runs = facts.runs or []
+    runs = training_metadata.runs or []
     rows = [
-        ("dataset", facts.dataset),
-        ("images in it", number(facts.images)),
-        ("steps", number(facts.steps)),
-        ("images seen", number(facts.images_seen)),
-        ("images a step", number(facts.batch_size)),
-        ("noise density", facts.noise_density),
-        ("loss weighting", facts.loss_weighting),
-        ("learning rate", facts.learning_rate),
-        ("labels dropped", facts.label_dropout),
-        ("decay of the averaged weights", facts.ema_decay),
-        ("precision", {"no": "float32"}.get(facts.mixed_precision, facts.mixed_precision)),
-        ("seed", facts.seed),
+        ("dataset", training_metadata.dataset),
+        ("images in it", number(training_metadata.images)),
+        ("steps", number(training_metadata.steps)),
+        ("images seen", number(training_metadata.images_seen)),
+        ("images a step", number(training_metadata.batch_size)),
+        ("noise density", training_metadata.noise_density),
+        ("loss weighting", training_metadata.loss_weighting),
+        ("learning rate", training_metadata.learning_rate),
+        ("labels dropped", training_metadata.label_dropout),
+        ("decay of the averaged weights", training_metadata.ema_decay),
+        ("precision", {"no": "float32"}.get(training_metadata.mixed_precision, training_metadata.mixed_precision)),
+        ("seed", training_metadata.seed),
         ("hardware", ", then ".join(dict.fromkeys(run["hardware"] for run in runs)) or None),
         ("time", f"{duration(sum(run['seconds'] for run in runs))}, validation and saving included" if runs else None),
     ]
-    if facts.final_loss is not None:
-        rows.append(("training loss", f"{facts.final_loss:.4f}, mean of the last {facts.final_loss_steps} steps"))
+    if training_metadata.final_loss is not None:
+        rows.append(
+            (
+                "training loss",
+                f"{training_metadata.final_loss:.4f}, mean of the last {training_metadata.final_loss_steps} steps",
+            )
+        )
     known = [(name, value) for name, value in rows if value is not None]
     lines = ["## Training", "", *table(("", ""), known)]
-    if facts.ema_decay is not None:
+    if training_metadata.ema_decay is not None:
         lines += ["", "The weights are the averaged (EMA) ones."]
     return "\n".join(lines)
 
 
-def evaluation(facts: TrainingFacts | None) -> str:
-    metrics = facts.metrics if facts is not None else None
+def evaluation(training_metadata: TrainingMetadata | None) -> str:
+    metrics = training_metadata.metrics if training_metadata is not None else None
     if not metrics:
         return "## Evaluation\n\nNo metric is recorded here."
     rows = [(m["name"], m["value"], m["feature_network"], number(m["images"])) for m in metrics]
     return "\n".join(["## Evaluation", "", *table(("metric", "value", "feature network", "images"), rows)])
 
 
-def limits(config: dict, facts: TrainingFacts | None) -> str:
+def limits(config: dict, training_metadata: TrainingMetadata | None) -> str:
     height, width = pair(config["sample_size"])
     sizes = ": other sizes run, but nothing is recorded here of how they look"
     if network_class(config) is DiTPixelModel:
         sizes = ", and refuses other sizes"
-    what = f"those in {facts.dataset}" if facts is not None and facts.dataset else "those it was trained on"
+    what = (
+        f"those in {training_metadata.dataset}"
+        if training_metadata is not None and training_metadata.dataset
+        else "those it was trained on"
+    )
     return (
         "## Intended use and limits\n\n"
-        f"For research and experiments with image generation. It draws images like {what}, with their biases, and "
+        f"For research and experiments with image generation. It generates images like {what}, with their biases, and "
         f"may repeat some of them; it knows no text. It is made for {height}×{width}{sizes}. There is no filter on what it "
-        "draws."
+        "generates."
     )
 
 
@@ -378,7 +387,7 @@ def read_card(card: str | None, repo_id: str) -> tuple[dict, str]:
 
 
 def card_metadata(
-    model_config: dict, facts: TrainingFacts | None, license: str | None, pipeline: str = "HDiTPipeline"
+    model_config: dict, training_metadata: TrainingMetadata | None, license: str | None, pipeline: str = "HDiTPipeline"
 ) -> dict:
     """The YAML header as a dictionary."""
     conditional = bool(model_config.get("num_classes"))
@@ -390,8 +399,8 @@ def card_metadata(
     }
     if license:
         metadata["license"] = license
-    if facts is not None and facts.dataset_id:
-        metadata["datasets"] = [facts.dataset_id]
+    if training_metadata is not None and training_metadata.dataset_id:
+        metadata["datasets"] = [training_metadata.dataset_id]
     return metadata
 
 

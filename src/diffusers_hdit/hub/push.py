@@ -23,7 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from . import model_card
-from .model_card import SAMPLES_FILE, TrainingFacts
+from .model_card import SAMPLES_FILE, TrainingMetadata
 
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def push_pipeline(
     revision: str | None = None,
     max_shard_size: int | str | None = None,
     license: str | None = None,
-    facts: TrainingFacts | None = None,
+    training_metadata: TrainingMetadata | None = None,
     samples=None,
 ) -> CommitInfo:
     """See `HDiTPipeline.push_to_hub`."""
@@ -55,14 +55,14 @@ def push_pipeline(
         raise ValueError("safe_serialization=False would upload pickles, which can run code; leave it out.")
     if subfolder is not None:
         raise ValueError(f"a pipeline is pushed to the root of a repository, not to subfolder={subfolder!r}.")
-    if samples is not None and (facts is None or facts.samples is None):
-        raise ValueError("samples need facts.samples, or the card could not say how they were drawn.")
+    if samples is not None and (training_metadata is None or training_metadata.samples is None):
+        raise ValueError("samples need training_metadata.samples, or the card could not say how they were generated.")
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
-        if facts is not None:
-            facts.save(folder)
+        if training_metadata is not None:
+            training_metadata.save(folder)
         if samples is not None:
-            path = inside(Path(folder), facts.samples["file"])
+            path = inside(Path(folder), training_metadata.samples["file"])
             path.parent.mkdir(parents=True, exist_ok=True)
             samples.save(path)
         return push_folder(
@@ -163,11 +163,11 @@ def files_for_inference(folder: Path) -> dict[str, Path]:
     for path in files.values():
         if path.suffix == ".safetensors":
             check_whole(path)
-    facts = TrainingFacts.load(folder)
-    if facts is not None and facts.samples:
-        picture = inside(folder, facts.samples["file"])
-        if picture.is_file():
-            files[SAMPLES_FILE] = picture
+    training_metadata = TrainingMetadata.load(folder)
+    if training_metadata is not None and training_metadata.samples:
+        grid = inside(folder, training_metadata.samples["file"])
+        if grid.is_file():
+            files[SAMPLES_FILE] = grid
     return files
 
 
@@ -250,11 +250,11 @@ def write_card(folder: Path, repo_id: str, existing: str | None, license: str | 
             ("scheduler_config", "scheduler/scheduler_config.json"),
         )
     }
-    facts = TrainingFacts.load(folder)
+    training_metadata = TrainingMetadata.load(folder)
     stated = license or model_card.read_card(existing, repo_id)[0].get("license")
-    section = model_card.card_section(repo_id, **config, facts=facts, license=stated)
+    section = model_card.card_section(repo_id, **config, training_metadata=training_metadata, license=stated)
     pipeline = model_card.pipeline_name(config["pipeline_config"])
-    metadata = model_card.card_metadata(config["model_config"], facts, license, pipeline)
+    metadata = model_card.card_metadata(config["model_config"], training_metadata, license, pipeline)
     return model_card.make_card(existing, repo_id, section, metadata)
 
 
@@ -307,7 +307,7 @@ def first_line(error: BaseException) -> str:
 
 class BackgroundPush:
     """
-    Pushes while something else goes on. Nothing that the Hub does raises here, and only `finish` waits for it.
+    Push in the background. Errors of the Hub are logged and never raised, and only `finish` waits for it.
 
     Args:
         repo_id, private, token: as in `push_folder`.
@@ -384,7 +384,7 @@ class BackgroundPush:
             try:
                 function()
             except Exception as error:
-                logger.warning("%s %s failed: %s Training goes on.", what, self.repo_id, first_line(error))
+                logger.warning("%s %s failed: %s Training continues.", what, self.repo_id, first_line(error))
 
         # A daemon: where training breaks off, nothing waits for the upload.
         thread = threading.Thread(target=run, name="push_to_hub", daemon=True)

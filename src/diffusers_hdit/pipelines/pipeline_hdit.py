@@ -559,8 +559,8 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
             revision: branch to push to, made if it is not there.
             max_shard_size: larger weights are split, for instance "5GB".
             license: of the weights, for the card, for instance "cc-by-4.0".
-            facts: `model_card.TrainingFacts` of the training, for the card; without it, the card says nothing of that.
-            samples: a PIL image for the card, described by `facts.samples`.
+            training_metadata: `model_card.TrainingMetadata` of the training, for the card; without it, the card says nothing of that.
+            samples: a PIL image for the card, described by `training_metadata.samples`.
 
         Returns:
             `huggingface_hub.CommitInfo`, the URL of the commit.

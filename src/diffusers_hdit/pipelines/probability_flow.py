@@ -21,9 +21,11 @@ Denoiser = Callable[[Tensor, float], Tensor]
 
 def denoiser_of(pipeline, class_labels=None, mapping_cond=None, **images: Tensor) -> Denoiser:
     """
-    The denoiser of an `HDiTPipeline`, without guidance. A model with self_conditioning is shown no earlier estimate: then
-    D is a function of x and sigma, as the ODE needs it, and a network that half of its training was about. The pipeline,
-    which hands its estimates on, does not draw the same image from the same noise.
+    Return the denoiser of an `HDiTPipeline`, without guidance.
+
+    A model with self_conditioning is shown no earlier estimate: then D is a function of x and sigma, as the ODE needs it,
+    and the network was trained so half of the time. The pipeline, which passes its estimates on, does not generate the
+    same image from the same noise.
 
     Args:
         class_labels, mapping_cond: as in the pipeline's call; one, or one for each image.
@@ -74,7 +76,7 @@ def slerp(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
 @torch.no_grad()
 def image_to_noise(denoiser: Denoiser, image: Tensor, sigma_min: float, sigma_max: float, steps: int = 50) -> Tensor:
     """
-    The noise that the ODE draws an image from: deterministic inversion.
+    Return the noise from which the ODE generates an image: deterministic inversion.
 
     Args:
         image: `(B, C, H, W)` in [-1, 1], taken as a sample at sigma_min.

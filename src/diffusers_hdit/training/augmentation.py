@@ -1,5 +1,5 @@
-"""Non-leaking augmentation: geometric changes of training images, of which the network is told, so that it does not draw
-changed images when it is told of none.
+"""Non-leaking augmentation: geometric changes of training images, of which the network is told, so that it does not
+generate changed images when it is told of none.
 
 Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", arXiv 2206.00364, appendix F.2
 and table 6. About the centre of the image, in pixels, x to the right and y down, an image point goes through
@@ -38,10 +38,10 @@ def augment(
     image: Tensor, probability: float, generators: Sequence[torch.Generator] | torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """
-    Changes the images, each by draws of its own.
+    Change the images, each by random numbers of its own.
 
-    One resampling of the composed map with cubic splines, the borders reflected; images that get smaller in some
-    direction are drawn at twice the size and low-passed, against aliasing. An image without any change, or with flips
+    The composed map is resampled once with cubic splines, the borders reflected; images that get smaller in some direction
+    are sampled at twice the size and low-passed, against aliasing. An image without any change, or with flips
     only, keeps its values bit for bit. Splines overshoot at edges, and values are not clamped.
 
     Args:
@@ -74,7 +74,7 @@ def augment(
     if flips.any() or moved.any():
         result = image.clone()
     for chosen, dims in (((flips == torch.tensor(f)).all(1) & ~moved, d) for f, d in FLIPS.items()):
-        index = on(image.device, chosen.nonzero().flatten())
+        index = to_device(image.device, chosen.nonzero().flatten())
         if len(index):
             result[index] = image[index].flip(dims)
     for chosen, render in ((moved & ~shrunk, resample), (shrunk, resample_smaller)):
@@ -84,13 +84,13 @@ def augment(
             max(1, CACHED_PIXELS // (image.shape[2] * image.shape[3])) if image.device.type == "cpu" else len(image)
         )
         for part in index.split(at_once) if len(index) else ():
-            matrices = on(image.device, backward[part].to(image.dtype))
-            part = on(image.device, part)
+            matrices = to_device(image.device, backward[part].to(image.dtype))
+            part = to_device(image.device, part)
             result[part] = render(spline_coefficients(image[part]), matrices)
-    return result, on(image.device, condition.float())
+    return result, to_device(image.device, condition.float())
 
 
-def on(device: torch.device, tensor: Tensor) -> Tensor:
+def to_device(device: torch.device, tensor: Tensor) -> Tensor:
     """Moved without making the device wait, which copying from pageable memory would."""
     if device.type == "cuda" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
@@ -179,7 +179,7 @@ def translation(x: Tensor, y: Tensor) -> Tensor:
 
 def spline_coefficients(image: Tensor) -> Tensor:
     """
-    Coefficients of the cubic B-spline through the pixels of images `(B, C, H, W)` that go on mirrored beyond their
+    Return the coefficients of the cubic B-spline through the pixels of images `(B, C, H, W)` that are mirrored at their
     borders. The inverse of the filter (1, 4, 1)/6 is sqrt(3) z^|k| with z = sqrt(3) - 2 (Unser 1999, "Splines: a perfect
     fit for signal and image processing"); it is cut off below the precision of the image.
     """
@@ -269,7 +269,7 @@ def resample_smaller(coefficients: Tensor, backward: Tensor) -> Tensor:
     fine = resample(coefficients, backward, factor=2, margin=LANCZOS_LOBES)
     offsets = (torch.arange(4 * LANCZOS_LOBES, dtype=torch.float64) + 0.5) / 2 - LANCZOS_LOBES
     taps = torch.sinc(offsets) * torch.sinc(offsets / LANCZOS_LOBES)
-    taps = on(fine.device, (taps / taps.sum()).to(fine.dtype))
+    taps = to_device(fine.device, (taps / taps.sum()).to(fine.dtype))
     for _ in range(2):
         # Over each pixel's centre as many taps to the left as to the right: the first fine pixel is one too many.
         fine = correlate(fine[..., 1:], taps, stride=2).mT

@@ -15,7 +15,7 @@ from ..data import to_float
 from ..pipelines.conditions import append_presence_flag
 from ..pipelines.upscaling import training_conditioning
 from ..utils.seeding import mixed_seed
-from .augmentation import augment, on
+from .augmentation import augment, to_device
 from .config import TrainingConfig
 
 
@@ -68,32 +68,32 @@ def sample_and_compute_loss(
     generators = image_generators(config.seed, numbers)
     u = diffusion.stratified_uniform(len(numbers), **strata, generator=generators)
     flipped, dropped = torch.stack([torch.rand(2, generator=g) for g in generators]).unbind(1)
-    flipped, dropped = on(device, flipped < 0.5), on(device, dropped < config.label_dropout)
+    flipped, dropped = to_device(device, flipped < 0.5), to_device(device, dropped < config.label_dropout)
     sigma = diffusion.sigma_from_uniform(
         u, config.noise_density, image_size=image_size, sigma_data=config.sigma_data, **config.noise_density_params
     )
-    sigma = on(device, sigma.float())
+    sigma = to_device(device, sigma.float())
 
-    image = to_float(on(device, batch["image"]))
+    image = to_float(to_device(device, batch["image"]))
     conditions = {}
     if config.augment_prob:
         image, conditions["augment_cond"] = augment(image, config.augment_prob, generators)
     elif config.random_flip:
         image = torch.where(flipped[:, None, None, None], image.flip(3), image)
     if "label" in batch:
-        conditions["class_labels"] = torch.where(dropped, num_classes, on(device, batch["label"]))
+        conditions["class_labels"] = torch.where(dropped, num_classes, to_device(device, batch["label"]))
     if "mapping_cond" in batch:
-        values = append_presence_flag(on(device, batch["mapping_cond"]))
+        values = append_presence_flag(to_device(device, batch["mapping_cond"]))
         conditions["mapping_cond"] = torch.where(dropped[:, None], 0.0, values)
     if config.task == "upscale":
         level = config.max_conditioning_noise * torch.cat([torch.rand(1, generator=g) for g in generators])
         noise = sample_noise(image.shape, config.seed, numbers, device, purpose="conditioning noise")
         conditions["conditioning_image"] = training_conditioning(
-            image, config.upscale_factor, on(device, level), noise
+            image, config.upscale_factor, to_device(device, level), noise
         )
     shown = None
     if self_conditioning:  # the last number of the generators: the others are those of a model without it
-        shown = on(device, torch.cat([torch.rand(1, generator=g) for g in generators]) < 0.5)
+        shown = to_device(device, torch.cat([torch.rand(1, generator=g) for g in generators]) < 0.5)
     noise = sample_noise(image.shape, config.seed, numbers, device)
     with autocast():
         losses = diffusion.loss(

@@ -7,7 +7,7 @@ import torch
 from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler, ModelMixin, SchedulerMixin
 from torch import Tensor
 
-from ..hub.model_card import TrainingFacts
+from ..hub.model_card import TrainingMetadata
 from ..hub.push import BackgroundPush
 from ..pipelines.pipeline_hdit import HDiTPipeline
 from ..pipelines.pipeline_hdit_upscale import HDiTUpscalePipeline
@@ -97,7 +97,7 @@ def save_metadata(folder: Path, config: TrainingConfig, *, samples: Path, bundle
     Args:
         samples: the grid of samples.
         bundled: whether the dataset came with this package, and is not on the Hub.
-        measured: what the configuration does not say, fields of `TrainingFacts`.
+        measured: what the configuration does not say, fields of `TrainingMetadata`.
     """
     grid = Path(folder) / "samples" / samples.name
     if samples.is_file() and not grid.exists():
@@ -106,7 +106,7 @@ def save_metadata(folder: Path, config: TrainingConfig, *, samples: Path, bundle
     source = config.dataset_name or config.train_data_dir
     on_disk = Path(source).exists()
     name = Path(source).resolve().name if on_disk else source
-    TrainingFacts(
+    TrainingMetadata(
         # Of a folder only its name: where it lies is nobody's business.
         dataset=name if config.dataset_config_name is None else f"{name} ({config.dataset_config_name})",
         dataset_id=None if on_disk or bundled else source,

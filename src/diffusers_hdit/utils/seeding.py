@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 
-def mixed_seed(*parts) -> int:
-    """Return 64 well-mixed bits that depend on `parts` only; unlike `hash()`, they are the same in every process."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
+def mixed_seed(*keys) -> int:
+    """Return 64 well-mixed bits that depend on `keys` only; unlike `hash()`, they are the same in every process."""
+    return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:8], "big")
 
 
-def permutation(count: int, *parts) -> np.ndarray:
-    """Return a permutation of 0..count-1, (count,) int64, that depends on `parts` only."""
-    generator = torch.Generator().manual_seed(mixed_seed(*parts))
+def permutation(count: int, *keys) -> np.ndarray:
+    """Return a permutation of 0..count-1, (count,) int64, that depends on `keys` only."""
+    generator = torch.Generator().manual_seed(mixed_seed(*keys))
     return torch.randperm(count, generator=generator).numpy()

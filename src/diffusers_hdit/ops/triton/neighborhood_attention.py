@@ -155,7 +155,7 @@ def _load_ready(
     pointer, row, column, stride_y, stride_x, inside, y, x, norm, cos, sin, w, heads, head,
     D: tl.constexpr, PAIRS: tl.constexpr, PW: tl.constexpr, RW: tl.constexpr,
 ):  # fmt: skip
-    """The parts of the tokens at the places y, x of the grid, scaled and turned in float32, rounded once."""
+    """The parts of the tokens at the places y, x of the grid, normalized and rotated in float32, rounded once."""
     first, second, rest = _load_parts(pointer, row, column, stride_y, stride_x, inside, D, PAIRS, PW, RW)
     if PAIRS >= 0:
         a, b, c = first.to(tl.float32), second.to(tl.float32), rest.to(tl.float32)
