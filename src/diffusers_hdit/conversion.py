@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers import EDMDPMSolverMultistepScheduler
+from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -289,7 +289,12 @@ def read_config(config: str | os.PathLike | dict) -> dict:
         raise ValueError(f"{str(path)!r} is not a readable JSON configuration: {error}") from error
 
 
-def load_pipeline(checkpoint, config, torch_dtype, pipeline_class):
+def load_pipeline(
+    checkpoint: str | os.PathLike | Mapping[str, Tensor],
+    config: str | os.PathLike | dict | None,
+    dtype: torch.dtype | None,
+    pipeline_class: type[DiffusionPipeline],
+) -> DiffusionPipeline:
     """See `HDiTPipeline.from_k_diffusion`."""
     weights, found = read_checkpoint(checkpoint)
     if config is None and found is None:
@@ -299,12 +304,12 @@ def load_pipeline(checkpoint, config, torch_dtype, pipeline_class):
     config = found if config is None else read_config(config)
     model = HDiTModel(**model_config_from_reference(config))
     model.load_state_dict(weights_from_reference(model, weights))
-    cast_parameters(model.eval(), torch_dtype or torch.float32)
+    cast_parameters(model.eval(), dtype or torch.float32)
     scheduler = EDMDPMSolverMultistepScheduler(**scheduler_config_from_reference(config))
     return pipeline_class(transformer=model, scheduler=scheduler, k_diffusion_config=config)
 
 
-def save_pipeline(pipeline, path: str | os.PathLike) -> None:
+def save_pipeline(pipeline: DiffusionPipeline, path: str | os.PathLike) -> None:
     """See `HDiTPipeline.save_k_diffusion`."""
     model = pipeline.transformer
     config = reference_config(model, pipeline.scheduler.config, pipeline.config.k_diffusion_config)

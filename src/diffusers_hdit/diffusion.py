@@ -5,7 +5,7 @@ al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,17 +32,17 @@ def c_noise(sigma: Tensor) -> Tensor:
     return sigma.log() / 4
 
 
-def precondition(model, noised: Tensor, sigma: Tensor, sigma_data: float, model_kwargs: dict) -> Tensor:
-    """F, the raw output of the network for the noised image, at least float32, of the image's shape."""
+def precondition(model: Callable, noised: Tensor, sigma: Tensor, sigma_data: float, model_kwargs: dict) -> Tensor:
+    """Return F, the raw output of the network for the noised image, at least float32, of the image's shape."""
     output = model(_like(noised, c_in(sigma, sigma_data)) * noised, c_noise(sigma), return_dict=False, **model_kwargs)[
         0
     ]
     return output.to(noised.dtype)
 
 
-def denoise(model, noised: Tensor, sigma: Tensor, sigma_data: float = 0.5, **model_kwargs) -> Tensor:
+def denoise(model: Callable, noised: Tensor, sigma: Tensor, sigma_data: float = 0.5, **model_kwargs) -> Tensor:
     """
-    The denoised image D(x; σ) = c_skip x + c_out F(c_in x; c_noise) (equation 7).
+    Return the denoised image D(x; σ) = c_skip x + c_out F(c_in x; c_noise) (equation 7).
 
     Args:
         model: an `HDiTModel`, or anything that is called like one.
@@ -58,11 +58,11 @@ def denoise(model, noised: Tensor, sigma: Tensor, sigma_data: float = 0.5, **mod
 
 
 def earlier_estimate(
-    model, noised: Tensor, sigma: Tensor, shown: Tensor, sigma_data: float = 0.5, **model_kwargs
+    model: Callable, noised: Tensor, sigma: Tensor, shown: Tensor, sigma_data: float = 0.5, **model_kwargs
 ) -> Tensor:
     """
-    What self-conditioning shows the network in training (Chen et al. 2022, arXiv 2208.04202, algorithm 1): the denoised
-    image of a pass that is shown nothing, without its gradient.
+    Return what self-conditioning shows the network in training (Chen et al. 2022, arXiv 2208.04202, algorithm 1): the
+    denoised image of a pass that is shown nothing, without its gradient.
 
     The pass is for the whole batch, whoever is `shown` it: so all processes take part in the same collectives, and
     compiled networks see one batch size.
@@ -109,7 +109,7 @@ WEIGHTINGS = {"soft-min-snr": _soft_min_snr, "min-snr": _min_snr, "snr": _snr, "
 
 
 def loss(
-    model,
+    model: Callable,
     image: Tensor,
     noise: Tensor,
     sigma: Tensor,

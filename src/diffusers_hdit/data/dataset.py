@@ -59,11 +59,11 @@ LARGEST_CACHED = 4
 
 def load_images(
     *,
-    train_data_dir=None,
-    dataset_name=None,
-    dataset_config_name=None,
+    train_data_dir: str | os.PathLike | None = None,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
     source: ImageSource | None = None,
-    cache_dir=None,
+    cache_dir: str | os.PathLike | None = None,
     split: str = "train",
     image_column: str = "image",
     label_column: str | None = None,

@@ -14,7 +14,7 @@ _loaders = weakref.WeakSet()
 
 
 def make_loader(
-    dataset,
+    dataset: torch.utils.data.Dataset,
     *,
     batch_size: int,
     seed: int,

@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -329,7 +330,7 @@ def load_transformer(name: str, source: str, resolution: int | None, resize_filt
     )
 
 
-def preprocessing_of(processor, source: str) -> tuple[int, str]:
+def preprocessing_of(processor: Any, source: str) -> tuple[int, str]:
     """Return the side of the square that an image processor gives to its network, and the filter that it resizes with."""
     size = dict(processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size)
     sides = {side for side in size.values() if side is not None}
@@ -347,7 +348,7 @@ def preprocessing_of(processor, source: str) -> tuple[int, str]:
 # The cache of real images' features
 
 
-def cache_path(extractor: FeatureExtractor, real, cache_dir: str | Path | None) -> Path:
+def cache_path(extractor: FeatureExtractor, real: torch.utils.data.Dataset, cache_dir: str | Path | None) -> Path:
     """
     Return the file for the features of a dataset. Its name is a hash of what they depend on: which images these are
     (without reading one), how they are transformed, the network and its resizing.

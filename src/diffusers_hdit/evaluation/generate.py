@@ -35,7 +35,7 @@ def image_seed(seed: int, index: int) -> int:
 
 def generate_batch(
     pipeline: HDiTPipeline, indices: Sequence[int], seed: int, conditions: Mapping[str, Tensor], **arguments
-):
+) -> list | Tensor:
     """
     Generate the images with these indices.
 
@@ -149,7 +149,13 @@ def generate_images(
 
 
 def generate_missing(
-    pipeline: HDiTPipeline, folder: Path, indices: Sequence[int], batch_size: int, seed: int, conditions, arguments
+    pipeline: HDiTPipeline,
+    folder: Path,
+    indices: Sequence[int],
+    batch_size: int,
+    seed: int,
+    conditions: Mapping[str, Tensor],
+    arguments: Mapping,
 ) -> None:
     """Generate and write the images with these indices that are not in the folder yet."""
     indices = [i for i in indices if not image_path(folder, i).exists()]

@@ -16,10 +16,13 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from . import model_card
@@ -34,7 +37,7 @@ _TRANSIENT = {408, 409, 412, 429}
 
 
 def push_pipeline(
-    pipeline,
+    pipeline: DiffusionPipeline,
     repo_id: str,
     commit_message: str | None = None,
     private: bool | None = None,
@@ -48,7 +51,7 @@ def push_pipeline(
     max_shard_size: int | str | None = None,
     license: str | None = None,
     training_metadata: TrainingMetadata | None = None,
-    samples=None,
+    samples: Image.Image | None = None,
 ) -> CommitInfo:
     """See `HDiTPipeline.push_to_hub`."""
     if not safe_serialization:
@@ -91,7 +94,7 @@ def push_folder(
     stop: threading.Event | None = None,
 ) -> CommitInfo:
     """
-    Pushes the pipeline that `save_pretrained` or a training wrote, and nothing else that lies in the folder.
+    Push the pipeline that `save_pretrained` or a training wrote, and nothing else that lies in the folder.
 
     One commit, on top of the one whose card was read: until it is there, the repository is as it was. Attempts that
     fail for a reason that may pass are repeated after `WAITS`; large files that arrived are not sent again.
@@ -278,8 +281,8 @@ def is_transient(error: BaseException | None) -> bool:
     return False
 
 
-def with_retries(function: Callable, what: str, stop: threading.Event | None = None):
-    """Calls until it succeeds, at most once more than there are `WAITS`; errors that do not pass are raised at once."""
+def with_retries(function: Callable, what: str, stop: threading.Event | None = None) -> Any:
+    """Call until it succeeds, at most once more than there are `WAITS`; errors that do not pass are raised at once."""
     stop = stop or threading.Event()
     for wait in (*WAITS, None):
         try:

@@ -10,8 +10,9 @@ M mapping width. Tokens are channels-last, (B, h, w, D), throughout.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -725,7 +726,9 @@ class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, Config
         output = self.patch_out(self.norm_out(hidden_states)).permute(0, 3, 1, 2).contiguous()
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
-    def run_block(self, level: int, block: nn.Module, hidden_states: Tensor, temb: Tensor, image_rotary_emb) -> Tensor:
+    def run_block(
+        self, level: int, block: nn.Module, hidden_states: Tensor, temb: Tensor, image_rotary_emb: RotaryTables
+    ) -> Tensor:
         """Call a block, or have it recomputed in the backward pass where its level is checkpointed."""
         if self.gradient_checkpointing and level in self.checkpointed_levels and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, hidden_states, temb, image_rotary_emb)
@@ -817,7 +820,7 @@ class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, Config
             self.disable_gradient_checkpointing()
         self.checkpointed_levels = frozenset(levels)
 
-    def enable_cache(self, config) -> None:
+    def enable_cache(self, config: Any) -> None:
         """
         Enable one of Diffusers' caches for the steps of a pipeline.
 
@@ -844,7 +847,7 @@ class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, Config
         super().enable_cache(config)
 
     @contextmanager
-    def cache_context(self, name: str, **kwargs):
+    def cache_context(self, name: str, **kwargs) -> Iterator[None]:
         """
         Name the batch that is evaluated, as in Diffusers. Pyramid Attention Broadcast keeps one memory for all names,
         which is emptied when the name changes: steps with and without guidance have batches of different sizes.

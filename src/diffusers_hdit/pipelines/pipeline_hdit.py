@@ -19,6 +19,7 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
+from huggingface_hub import CommitInfo
 from torch import Tensor
 
 from ..models.modeling_hdit import HDiTModel
@@ -32,6 +33,7 @@ logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Labels = int | str | Sequence[int] | Sequence[str] | Tensor
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
@@ -225,11 +227,12 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
 
     def check_inputs(
         self,
-        num_inference_steps,
-        num_images_per_prompt,
-        output_type,
-        callback_on_step_end_tensor_inputs,
+        num_inference_steps: int,
+        num_images_per_prompt: int,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
+        """Raise ValueError for arguments that can't be, before any work."""
         for name, value in (
             ("num_inference_steps", num_inference_steps),
             ("num_images_per_prompt", num_images_per_prompt),
@@ -300,7 +303,9 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
             )
         return num_inference_steps - steps
 
-    def prepare_latents(self, latents, batch_size, height, width, generator) -> Tensor:
+    def prepare_latents(
+        self, latents: Tensor | None, batch_size: int, height: int, width: int, generator: Generators
+    ) -> Tensor:
         """Return unit-variance noise `(B, C, H, W)` in float32 on the pipeline's device."""
         shape = (batch_size, self.transformer.config.in_channels, height, width)
         if isinstance(generator, list) and len(generator) != batch_size:
@@ -333,7 +338,7 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
         adaptive_projection: AdaptiveProjection | Mapping[str, float] | bool | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -412,7 +417,7 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
         guidance_interval: tuple[float, float] | None,
         guidance_rescale: float,
         adaptive_projection: AdaptiveProjection | Mapping[str, float] | bool | None,
-        generator: torch.Generator | list[torch.Generator] | None,
+        generator: Generators,
         latents: Tensor | None,
         output_type: str,
         return_dict: bool,
@@ -479,7 +484,7 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
                 "HDiTUpscalePipeline.from_pipe(pipe)."
             )
 
-    def prepare_condition(self, inputs: Mapping[str, Tensor], generator) -> dict[str, Tensor]:
+    def prepare_condition(self, inputs: Mapping[str, Tensor], generator: Generators) -> dict[str, Tensor]:
         """Return further arguments of the network; here none."""
         return {}
 
@@ -488,7 +493,7 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
         return noise
 
     def before_step(
-        self, inputs: Mapping[str, Tensor], sigmas: list[float], generator, i: int, latents: Tensor
+        self, inputs: Mapping[str, Tensor], sigmas: list[float], generator: Generators, i: int, latents: Tensor
     ) -> Tensor:
         """Return the latents that evaluation `i` begins with; here those of the evaluation before."""
         return latents
@@ -546,7 +551,7 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
     # ------------------------------------------------------------------------------------------------------------------
     # The Hub
 
-    def push_to_hub(self, repo_id: str, *args, **kwargs):
+    def push_to_hub(self, repo_id: str, *args, **kwargs) -> CommitInfo:
         """
         Upload what inference needs, and a model card, to the Hugging Face Hub, in one commit that is retried if need be.
 
@@ -572,7 +577,7 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
         """
         return package_module("hub.push").push_pipeline(self, repo_id, *args, **kwargs)
 
-    def save_pretrained(self, save_directory: str | PathLike, *args, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory: str | PathLike, *args, push_to_hub: bool = False, **kwargs) -> None:
         """As in Diffusers; `push_to_hub=True` then calls `push_to_hub(repo_id=...)` with the other arguments."""
         hub = ("repo_id", "commit_message", "private", "token", "create_pr", "revision", "license")
         hub = {name: kwargs.pop(name) for name in hub if name in kwargs}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .guidance import AdaptiveProjection
 from .image_inputs import Images, images_to_tensor
-from .pipeline_hdit import HDiTPipeline, Labels
+from .pipeline_hdit import Generators, HDiTPipeline, Labels
 
 
 class HDiTImg2ImgPipeline(HDiTPipeline):
@@ -31,7 +31,7 @@ class HDiTImg2ImgPipeline(HDiTPipeline):
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
         adaptive_projection: AdaptiveProjection | Mapping[str, float] | bool | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,

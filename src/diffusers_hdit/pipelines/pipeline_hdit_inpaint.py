@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .guidance import AdaptiveProjection
 from .image_inputs import Images, images_to_tensor, mask_to_tensor
-from .pipeline_hdit import HDiTPipeline, Labels
+from .pipeline_hdit import Generators, HDiTPipeline, Labels
 
 
 class HDiTInpaintPipeline(HDiTPipeline):
@@ -34,7 +34,7 @@ class HDiTInpaintPipeline(HDiTPipeline):
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
         adaptive_projection: AdaptiveProjection | Mapping[str, float] | bool | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -95,7 +95,7 @@ class HDiTInpaintPipeline(HDiTPipeline):
         return noise + inputs["image"]
 
     def before_step(
-        self, inputs: Mapping[str, Tensor], sigmas: list[float], generator, i: int, latents: Tensor
+        self, inputs: Mapping[str, Tensor], sigmas: list[float], generator: Generators, i: int, latents: Tensor
     ) -> Tensor:
         """Replace what was generated outside the mask by the image at this noise level (RePaint, equation 8)."""
         if i % self.scheduler.order:

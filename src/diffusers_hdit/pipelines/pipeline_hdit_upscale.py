@@ -11,7 +11,7 @@ from torch import Tensor
 from ..models.modeling_hdit import HDiTModel
 from .guidance import AdaptiveProjection
 from .image_inputs import Images, images_to_tensor
-from .pipeline_hdit import HDiTPipeline, Labels
+from .pipeline_hdit import Generators, HDiTPipeline, Labels
 from .upscaling import check_noise_level, conditioning_channels, conditioning_image
 
 
@@ -63,7 +63,7 @@ class HDiTUpscalePipeline(HDiTPipeline):
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
         adaptive_projection: AdaptiveProjection | Mapping[str, float] | bool | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -120,7 +120,7 @@ class HDiTUpscalePipeline(HDiTPipeline):
     def check_condition(self, inputs: Mapping[str, Tensor]) -> None:
         """The model's condition is the low-resolution image."""
 
-    def prepare_condition(self, inputs: Mapping[str, Tensor], generator) -> dict[str, Tensor]:
+    def prepare_condition(self, inputs: Mapping[str, Tensor], generator: Generators) -> dict[str, Tensor]:
         """Return the low-resolution image at the size of the result, with noise of its level."""
         low_res_image, level, factor = inputs["low_res_image"], inputs["noise_level"], self.config.upscale_factor
         if not level.any():

@@ -8,9 +8,10 @@ A `denoiser` is any function `denoiser(x, sigma) -> D` of `(B, C, H, W)` and a n
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from .. import diffusion
@@ -19,7 +20,12 @@ from .. import diffusion
 Denoiser = Callable[[Tensor, float], Tensor]
 
 
-def denoiser_of(pipeline, class_labels=None, mapping_cond=None, **images: Tensor) -> Denoiser:
+def denoiser_of(
+    pipeline: DiffusionPipeline,
+    class_labels: int | str | Sequence | Tensor | None = None,
+    mapping_cond: Tensor | Mapping | None = None,
+    **images: Tensor,
+) -> Denoiser:
     """
     Return the denoiser of an `HDiTPipeline`, without guidance.
 
@@ -171,8 +177,11 @@ def check_levels(sigma_min: float, sigma_max: float, steps: int) -> None:
         )
 
 
-def solve(slope: Callable, state, begin: float, end: float, steps: int):
-    """dy/du = slope(y, u) from `begin` to `end` by the classical Runge-Kutta method; y is a tensor or a tuple of them."""
+State = Tensor | tuple[Tensor, ...]
+
+
+def solve(slope: Callable, state: State, begin: float, end: float, steps: int) -> State:
+    """Solve dy/du = slope(y, u) from `begin` to `end` with the classical Runge-Kutta method; y has one or more tensors."""
     single = isinstance(state, Tensor)
     function = (lambda y, u: (slope(y[0], u),)) if single else slope
     y, h = ((state,) if single else state), (end - begin) / steps
