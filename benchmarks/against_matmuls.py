@@ -17,6 +17,7 @@ from reference_windows import ReferenceNetwork
 from diffusers_hdit import HDiTModel, presets
 from diffusers_hdit.ops.linear import onednn_is_faster
 from diffusers_hdit.ops.neighborhood_attention import neighborhood_attention
+from diffusers_hdit.ops.registry import reference as kernels_off
 
 
 NETWORK, REFERENCE = "HDiT", "shifted windows as in the reference"
@@ -68,7 +69,7 @@ def make_contenders(bench: Bench) -> tuple[list[Contender], int]:
     on_cpu = bench.device.type == "cpu"  # on a GPU all are in bfloat16
     if on_cpu:
         found.append(Contender("HDiT, autocast to bfloat16", model, within=autocast_to_bfloat16))
-        found.append(Contender("HDiT, norms and activations not in one pass", model, within=reference))
+        found.append(Contender("HDiT, kernels of its own switched off", model, within=kernels_off))
         if onednn_is_faster():
             found.append(Contender("HDiT, linear layers by MKL", model, within=without_onednn))
     if bench.compile_mode:

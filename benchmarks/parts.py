@@ -44,12 +44,15 @@ def block_parts(model: HDiTModel, level: int, batch: int) -> list[Part]:
     def project(value: Tensor, *_) -> tuple[Tensor, ...]:
         return attn.to_q(value), attn.to_k(value), attn.to_v(value)
 
-    def turn(query: Tensor, key: Tensor, *_) -> tuple[Tensor, Tensor]:
+    def rotate(query: Tensor, key: Tensor, *_) -> tuple[Tensor, Tensor]:
         return normalize_and_rotate(query, attn.scale, rotary), normalize_and_rotate(key, attn.scale, rotary)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *_) -> Tensor:
         attention_only = SimpleNamespace(
-            project_qkv=lambda _: (query, key, value), project_out=lambda out: out, scale=attn.scale
+            project_qkv=lambda _: (query, key, value),
+            rotated_qkv=lambda *_: (*rotate(query, key), value),
+            project_out=lambda out: out,
+            scale=attn.scale,
         )
         return attn.processor(attention_only, query, rotary)
 
@@ -58,7 +61,7 @@ def block_parts(model: HDiTModel, level: int, batch: int) -> list[Part]:
         Part("first norm", lambda value, *_: block.norm1(value, cond), [x, block.norm1.linear.weight]),
         Part("q, k, v", project, [x, *projections], tokens * sum(weight.numel() for weight in projections)),
         Part(f"attention, {model.levels[level].type}", attend, [*qkv, *rotary], 2 * pairs * dim),
-        Part("of it: scaling, rotary, if by themselves", turn, [*qkv[:2], *rotary]),
+        Part("of it: scaling, rotary, if by themselves", rotate, [*qkv[:2], *rotary]),
         linear("attention out", attn.to_out[0], x),
         Part("first residual", torch.add, [x, x.clone()]),
         Part("second norm", lambda value, *_: block.norm2(value, cond), [x, block.norm2.linear.weight]),

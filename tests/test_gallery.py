@@ -28,9 +28,9 @@ def gallery(monkeypatch):
 def test_pictures_and_tables(gallery, make_model, tmp_path, monkeypatch):
     monkeypatch.setattr(gallery, "REFERENCE_STEPS", 50)
     # Fewer steps than its pictures have: a test of the script, not of the sampler.
-    quick = functools.partialmethod(HDiTPipeline.sample, num_inference_steps=4)
-    monkeypatch.setattr(gallery.HDiTImg2ImgPipeline, "sample", quick)
-    monkeypatch.setattr(gallery.HDiTUpscalePipeline, "sample", quick)
+    quick = functools.partialmethod(HDiTPipeline.generate, num_inference_steps=4)
+    monkeypatch.setattr(gallery.HDiTImg2ImgPipeline, "generate", quick)
+    monkeypatch.setattr(gallery.HDiTUpscalePipeline, "generate", quick)
     scheduler = EDMDPMSolverMultistepScheduler(sigma_min=0.01, sigma_max=80.0)
     small = {"widths": (16, 32), "depths": (1, 2), "sample_size": 32}
     HDiTPipeline(make_model(**small, num_classes=3), scheduler).save_pretrained(tmp_path / "pipe")

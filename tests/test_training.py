@@ -113,14 +113,15 @@ def test_a_dry_run_says_what_would_be_done(tmp_path):
     config = write_config(tmp_path, preset="ffhq-1024", model={}, random_flip=False, train_batch_size=2)
     output = run(TRAIN, "--config", config, "--output_dir", folder, "--dry_run", "--gradient_checkpointing", "0,1",
                  "--num_train_epochs", 3, "--ema_decay", 0.999, 0.9999)  # fmt: skip
-    assert "85.1M parameters, 206.1 GMAC an image" in output and "124 images at 1024×1024, 13 classes" in output
+    assert "85.1M parameters, 206.1 GMAC per image" in output and "124 images at 1024×1024, 13 classes" in output
     assert (
         "6 steps of 2 images (2 × 1 processes × 1 accumulation steps), 0.1 epochs" in output
         and "from the beginning" in output
     )
-    # 4 bytes for weights and gradients, 8 for the optimizer, 4 for each average; 878.3 MiB an image in bfloat16.
-    assert "1.90 for weights, gradients, optimizer and averages, 1757 MiB an image" in output
+    # 4 bytes for weights and gradients, 8 for the optimizer, 4 for each average; 878.3 MiB per image in bfloat16.
+    assert "1.902 GiB for weights, gradients, optimizer and averages, 1.715 GiB per image" in output
     assert str(folder) in output and not folder.exists()
+    assert "7×7 neighborhoods" in output and "rms_norm" in output
 
 
 @pytest.mark.parametrize("flag", ["--use_8bit_adam", pytest.param("--compile", marks=pytest.mark.slow)])
@@ -445,7 +446,7 @@ def test_another_run(refuse, trained, tmp_path):
     shutil.copytree(trained[0] / "checkpoint-3", tmp_path / "run" / "checkpoint-3")
     message = "learning_rate was 0.002, is 0.1.*ema_decay was .0.9999., is .0.5.. Nothing was changed"
     refuse(message, "--learning_rate", 0.1, "--ema_decay", 0.5)
-    refuse("belongs to another run: seed was 0, is 5.*To go on from it with these", "--seed", 5)
+    refuse("belongs to another run: seed was 0, is 5.*To start from it with these", "--seed", 5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -5,12 +5,9 @@ their reference. Kernels are registered in `kernels.py`; `report.py` says what w
 
 To add one, say what it can run on, in words and as a quick test of each call's arguments:
 
-    from diffusers_hdit.ops.kernels import Kernel, register_kernel
-
-    register_kernel(
-        "geglu",  # run(hidden_states) -> result, as the reference
-        Kernel("my kernel", run=my_geglu, accepts=lambda x: x.is_cuda, problem=lambda device, dtype: None),
-    )
+    >>> from diffusers_hdit.ops import Kernel, register_kernel
+    >>> kernel = Kernel("mine", run=my_geglu, accepts=lambda x: x.is_cuda, problem=lambda device, dtype: None)
+    >>> register_kernel("geglu", kernel)  # run(hidden_states) -> result, as the reference
 
 A kernel that was registered later is asked first. For "neighborhood_attention" see `neighborhood_attention.py`.
 

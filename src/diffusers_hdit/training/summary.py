@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType
 
+from .. import ops
 from ..evaluation.profiler import profile_network
 from ..models.networks import NETWORKS
 from .distributed import describe_hardware
@@ -14,7 +15,7 @@ from .distributed import describe_hardware
 
 def run_summary(run, checkpoint: Path | None) -> str:
     """
-    Describe the network, data, length, start, precision and memory of a `TrainingRun`.
+    Describe the network, data, length, start, precision, memory and kernels of a `TrainingRun`.
 
     Args:
         checkpoint: where the run starts from, None for the beginning.
@@ -54,16 +55,18 @@ def run_summary(run, checkpoint: Path | None) -> str:
         f"{as_bytes(fixed)} for weights, gradients, optimizer and averages, {as_bytes(per_image)} per image",
         "output": config.output_dir,
     }
-    return "\n".join(f"{name:<12}{line}" for name, line in lines.items())
+    computes_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    kernels = ops.report(network, accelerator.device, computes_in, training=True)
+    return "\n".join((*(f"{name:<12}{line}" for name, line in lines.items()), str(kernels)))
 
 
 def with_unit(value: float, units: tuple[str, ...], base: int) -> str:
-    """Return a number with the unit in which it has one to three digits before the point, such as "31.4 G"."""
+    """Return a number with four digits and a unit, such as "31.42 G"."""
     for unit in units[:-1]:
         if value < base:
-            return f"{value:.3g} {unit}"
+            return f"{value:.4g} {unit}"
         value /= base
-    return f"{value:.3g} {units[-1]}"
+    return f"{value:.4g} {units[-1]}"
 
 
 def as_bytes(count: float) -> str:

@@ -103,7 +103,7 @@ class TrainingRun:
     @property
     def settings(self) -> dict:
         """What must not change when a checkpoint is resumed; the names are those of `progress.json`."""
-        kept = (*names_where(resume="fixed"), *names_where(resume="fork"))
+        kept = (*names_where(resume="fork"), *names_where(resume="fixed"))
         settings = {name: getattr(self.config, name) for name in kept}
         settings |= {
             "data": self.dataset.identity,
