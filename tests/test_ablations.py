@@ -20,11 +20,10 @@ from diffusers_hdit.models.ablations import (
 )
 from diffusers_hdit.models.modeling_hdit import HDiTFeedForward
 from diffusers_hdit.ops.neighborhood_attention import (
-    _axis_halos,
-    _centred_start,
     neighborhood_attention,
     sliding_window_attention,
 )
+from diffusers_hdit.ops.neighborhood_backends import _axis_halos, centred_start
 from diffusers_hdit.ops.registry import reference as kernels_off
 
 
@@ -112,7 +111,7 @@ def test_sliding_window_against_dense_float64(grid, kernel, dtype, tolerance):
 def test_no_query_sees_nothing():
     """Those that fill up the last tile neither: some kernels give NaN for a softmax over no keys."""
     for length, kernel in ((9, 3), (17, 7), (8, 1)):
-        _, sees = _axis_halos(length, kernel, 8, torch.device("cpu"), _centred_start)
+        _, sees = _axis_halos(length, kernel, 8, torch.device("cpu"), centred_start)
         assert sees.any(-1).all()
 
 

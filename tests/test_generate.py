@@ -209,6 +209,7 @@ def test_errors(pipeline, make_model, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_and_the_script(pipeline, tmp_path):
     """Two processes generate what one does."""
     pipeline.save_pretrained(tmp_path / "pipeline")

@@ -94,6 +94,7 @@ def test_a_study_killed_and_resumed_gives_the_same_tables(feature_folder):
     assert again["held-out loss mean"] == rows[0]["held-out loss mean"]
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_named_and_the_others_are_in_the_table(feature_folder):
     path = write_study(feature_folder, seeds=[0])
     blocked = studies.read_study(path).rows[1]
