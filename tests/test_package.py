@@ -1,5 +1,6 @@
 """What holds for the repository as a whole: imports, and the README's commands and snippets."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -91,3 +92,35 @@ def test_nothing_machine_specific():
         if file.endswith((".py", ".md", ".cfg", ".toml", ".txt", ".json", "Makefile", "run")):
             content = (REPOSITORY / file).read_bytes()
             assert not [word for word in words if word in content], file
+
+
+FLOORS = [
+    "utils",
+    "ops",
+    "models",
+    "schedulers",
+    "diffusion",
+    "pipelines",
+    "data",
+    "evaluation",
+    "hub",
+    "training",
+    "cli",
+]
+LIBRARY = REPOSITORY / "src" / "diffusers_hdit"
+
+
+def test_rooms_know_only_those_below():
+    """Imports at the top of modules lead down; presets and conversion belong to no floor, and utils knows none."""
+    wrong = []
+    for path in LIBRARY.rglob("*.py"):
+        module = path.relative_to(LIBRARY).with_suffix("").parts
+        if module[0] not in FLOORS:
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and node.level:
+                target = (*module[: len(module) - node.level], *(node.module or "").split("."))
+                target = target if target[0] else tuple(alias.name for alias in node.names)
+                if target[0] in FLOORS and FLOORS.index(target[0]) > FLOORS.index(module[0]):
+                    wrong.append(f"{'/'.join(module)} imports {'.'.join(target)}")
+    assert not wrong
