@@ -311,7 +311,14 @@ torch.save(drawn, sys.argv[2])
 )
 
 
-@pytest.mark.parametrize("cls", [HDiTImg2ImgPipeline, HDiTInpaintPipeline, HDiTUpscalePipeline])
+@pytest.mark.parametrize(
+    "cls",
+    [
+        pytest.param(HDiTImg2ImgPipeline, marks=pytest.mark.slow),
+        pytest.param(HDiTInpaintPipeline, marks=pytest.mark.slow),
+        HDiTUpscalePipeline,
+    ],
+)
 def test_the_other_pipelines(hub, make_model, make_pipeline, tmp_path, cls):
     import numpy as np
 

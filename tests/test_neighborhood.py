@@ -302,7 +302,10 @@ def test_memory_is_linear_in_tokens():
 
 
 # Inductor once; the tracer alone shows that a second size keeps one graph, in a fraction of the time.
-@pytest.mark.parametrize("compiler, sizes", [("inductor", [(16, 16)]), ("aot_eager", [(16, 16), (20, 27)])])
+@pytest.mark.parametrize(
+    "compiler, sizes",
+    [("inductor", [(16, 16)]), pytest.param("aot_eager", [(16, 16), (20, 27)], marks=pytest.mark.slow)],
+)
 def test_compiled_equals_eager(compiler, sizes):
     if torch.__version__ < "2.7" and len(sizes) > 1:
         pytest.skip("symbolic sizes in training stop at an assertion of this PyTorch's own; dynamic=False works")

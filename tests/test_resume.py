@@ -84,7 +84,7 @@ def test_killed_at_any_moment(kills, steps, tmp_path):
     print(f"{kills} of {kills} kills resumed, {halves} of them inside a save")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_asked_to_stop(number, config, uninterrupted, tmp_path):
     """As a scheduler or a Ctrl-C does it: all processes of the run get the signal, the loader's workers too."""
     folder = tmp_path / "run"
