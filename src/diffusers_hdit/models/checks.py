@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..ops.derivatives import is_transformed
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -176,8 +178,8 @@ def check_class_labels(class_labels: Tensor, batch: int, num_classes: int | None
         raise ValueError("class_labels were given, but this model has num_classes=None. Leave them out.")
     if class_labels.shape != (batch,):
         raise ValueError(f"class_labels must have shape ({batch},), got {tuple(class_labels.shape)}.")
-    # Looking at values on an accelerator would make every step wait for it.
-    if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    # Looking at values on an accelerator would make every step wait for it; under vmap there is nothing to look at.
+    if class_labels.device.type == "cpu" and not (torch.compiler.is_compiling() or is_transformed(class_labels)):
         low, high = int(class_labels.min()), int(class_labels.max())
         if low < 0 or high > num_classes:
             raise ValueError(

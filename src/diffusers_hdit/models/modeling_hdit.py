@@ -32,6 +32,7 @@ from ..ops.neighborhood_attention import BACKENDS, cosine_neighborhood_attention
 from ..ops.registry import kernels_of
 from ..ops.rms_norm import rms_norm
 from ..ops.rotary import normalize_and_rotate
+from ..ops.derivatives import differentiable_attention
 from ..utils.remote_code import RemoteCodeMixin, SafeWeights, package_module
 from .ablations import (
     ABLATION_ACTIVATIONS,
@@ -322,9 +323,10 @@ class HDiTAttnProcessor:
     def __call__(self, attn: "HDiTAttention", hidden_states: Tensor, image_rotary_emb: RotaryTables = None) -> Tensor:
         query, key, value = attn.rotated_qkv(hidden_states, image_rotary_emb)
         query, key, value = (x.flatten(1, 2) for x in (query, key, value))
-        out = dispatch_attention_fn(
-            query, key, value, scale=1.0, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
+        with differentiable_attention(query, key, value):
+            out = dispatch_attention_fn(
+                query, key, value, scale=1.0, backend=self._attention_backend, parallel_config=self._parallel_config
+            )
         return attn.project_out(out.unflatten(1, hidden_states.shape[1:3]))
 
     def query_key_pairs(self, height: int, width: int) -> int:
@@ -383,7 +385,9 @@ class HDiTShiftedWindowAttnProcessor:
             return x.reshape(rows * columns, batch * heads, size * size, dim)
 
         mask = self.same_side(height, width, query.device) if self.shift else None
-        out = F.scaled_dot_product_attention(*map(to_windows, (query, key, value)), attn_mask=mask, scale=1.0)
+        query, key, value = map(to_windows, (query, key, value))
+        with differentiable_attention(query, key, value):
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
         out = out.reshape(rows, columns, batch, heads, size, size, dim).permute(2, 0, 4, 1, 5, 3, 6)
         out = out.reshape(batch, height, width, heads, dim)
         return out.roll((-self.shift, -self.shift), (1, 2)) if self.shift else out

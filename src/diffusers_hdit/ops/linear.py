@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.forward_ad import unpack_dual
 
 from ..utils.remote_code import package_module
 from .registry import kernels_enabled
+from .derivatives import is_transformed
 
 
 # Multiplications for one sample, below which what a call costs outweighs what it saves.
@@ -50,15 +50,7 @@ def onednn_accepts(x: Tensor, weight: Tensor) -> bool:
         and x.shape[1:].numel() * len(weight) >= _LEAST
         and not torch.is_autocast_enabled("cpu")
         and onednn_is_faster()
-        and not _is_transformed(x, weight)
-    )
-
-
-def _is_transformed(*tensors: Tensor) -> bool:
-    """Return whether torch.func or forward-mode differentiation is active: oneDNN's operator has no rules for them."""
-    active = torch._C._are_functorch_transforms_active()
-    return active or (
-        not torch.compiler.is_compiling() and any(unpack_dual(tensor).tangent is not None for tensor in tensors)
+        and not is_transformed(x, weight)  # its operator has no rules for them
     )
 
 

@@ -27,12 +27,16 @@ from .neighborhood_backends import (
 )
 from .registry import kernels_enabled, kernels_of
 from .rotary import normalize_and_rotate
+from .derivatives import is_transformed
 
 
 # Those of the package (`triton` and `cpp`), and those of `neighborhood_backends.py`.
 BACKENDS = ("natten", "triton", "cpp", "tiled", "flex", "dense")
 # What "auto" takes: the first that can run, as measured (docs/benchmarks.md).
 _AUTO = {"cuda": ("triton", "natten", "tiled"), "cpu": ("cpp", "tiled")}
+
+# Those that PyTorch differentiates in every way.
+_WITH_ALL_DERIVATIVES = ("tiled", "dense")
 
 
 def neighborhood_attention(
@@ -217,6 +221,13 @@ def _chosen(backend: str, kernel: tuple[int, int], query: Tensor, *others: Tenso
     whole_grid = kernel == tuple(query.shape[1:3])
     if whole_grid and backend == "auto":
         return "whole grid"
+    if is_transformed(query, *others):
+        if backend not in ("auto", *_WITH_ALL_DERIVATIVES):
+            raise ValueError(
+                f"Neighborhood attention backend {backend!r} has no rules for torch.func (vmap, jvp, ...) and forward-mode "
+                "derivatives. Use 'auto' or 'tiled', or put the call in `with diffusers_hdit.ops.reference():`."
+            )
+        backend = "tiled" if backend == "auto" else backend
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (query, *others))
     for name in auto_backends(query.device.type) if backend == "auto" else (backend,):
         reason = unavailable_reason(

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import cached_tensors
+from .derivatives import differentiable_attention
 
 
 _TILE = (8, 8)
@@ -143,7 +144,9 @@ def tiled_attention(
     r, c = queries.shape[:2]
     # Tiles are the batch and (B, n) the heads, so that one mask per tile broadcasts over everything else.
     queries = queries.reshape(r * c, b * n, th * tw, d)
-    out = F.scaled_dot_product_attention(queries, halos(key), halos(value), attn_mask=bias, scale=scale)
+    key, value = halos(key), halos(value)
+    with differentiable_attention(queries, key, value):
+        out = F.scaled_dot_product_attention(queries, key, value, attn_mask=bias, scale=scale)
     out = out.reshape(r, c, b, n, th, tw, d).permute(2, 0, 4, 1, 5, 3, 6).reshape(b, r * th, c * tw, n, d)
     return out[:, :h, :w]
 
@@ -338,7 +341,8 @@ def whole_grid_attention(
     """Attend to all tokens that the boolean `mask (h * w, h * w)` allows; all tensors are `(B, h, w, n, d)`."""
     h, w = query.shape[1:3]
     query, key, value = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    with differentiable_attention(query, key, value):
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).unflatten(1, (h, w))
 
 

@@ -8,6 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .neighborhood_backends import tiled_attention
+from .rotary import normalize_and_rotate_reference
+from .derivatives import vjp_of_reference
+
 
 def make_operators(
     name: str, forward: Callable, backward: Callable, device_types: str | None = None
@@ -83,8 +87,27 @@ def make_operators(
         ctx.options = inputs[6:]
 
     def gradients(ctx, gradient: Tensor, _: Tensor) -> tuple:
-        *of_tensors, of_norm = attend_backward(gradient, *ctx.saved_tensors, *ctx.options)
-        return *of_tensors, of_norm if of_norm.numel() else None, None, None, None, None, None
+        saved = ctx.saved_tensors  # asked for once: checkpointing computes them anew each time
+        if torch.is_grad_enabled():  # a gradient of this gradient is wanted
+            *of_tensors, of_norm = differentiable_gradients(gradient, *saved[:6], *ctx.options)
+        else:
+            *of_tensors, of_norm = attend_backward(gradient, *saved, *ctx.options)
+            of_norm = of_norm if of_norm.numel() else None
+        return *of_tensors, of_norm, None, None, None, None, None
 
     attend.register_autograd(gradients, setup_context=keep)
     return attend, attend_backward
+
+
+def differentiable_gradients(gradient: Tensor, query, key, value, norm, cos, sin, kh: int, kw: int, scale: float):
+    """Return the gradients of query, key, value and norm (None without one) as PyTorch computes them, differentiably."""
+
+    def reference(query, key, value, norm=None):
+        if norm is not None:
+            tables = (norm.new_empty((*query.shape[1:4], 0)),) * 2 if cos is None else (cos, sin)
+            query, key = (normalize_and_rotate_reference(x, norm, *tables) for x in (query, key))
+        return tiled_attention(query, key, value, (kh, kw), scale)
+
+    inputs = (query, key, value) if norm is None else (query, key, value, norm)
+    found = vjp_of_reference(reference, inputs, gradient)
+    return found if norm is not None else (*found, None)

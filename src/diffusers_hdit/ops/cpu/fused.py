@@ -12,6 +12,7 @@ from torch.autograd.forward_ad import unpack_dual
 from ..geglu import geglu_reference
 from ..rms_norm import NORM_EPS, rms_norm_reference
 from ..rotary import normalize_and_rotate_reference
+from ..derivatives import vjp_of_reference
 from .library import call
 
 
@@ -144,7 +145,7 @@ def _one_pass(name: str, reference: Callable, kernel: Callable, gradient: Callab
     def backward(ctx, of_output):
         inputs = ctx.saved_tensors  # asked for once: checkpointing computes them anew each time
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted
-            return torch.func.vjp(reference, *inputs)[1](of_output)
+            return vjp_of_reference(reference, inputs, of_output)
         found = gradient(of_output, *inputs)
         return *found, *[None] * (len(inputs) - len(found))  # angles have none
 
