@@ -42,7 +42,7 @@ def run_quick(path, only, *flags):
     "only, names",
     [
         ("b,unet,natten,loading", ["parts", "unet", "natten", "loading"]),
-        ("matmuls", ["matmuls"]),
+        pytest.param("matmuls", ["matmuls"], marks=pytest.mark.slow),
         pytest.param("presets,resolution", ["presets", "resolution"], marks=pytest.mark.slow),
         pytest.param("backends,imports", ["backends", "imports"], marks=pytest.mark.slow),
     ],

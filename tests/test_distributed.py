@@ -85,7 +85,8 @@ def begin_from(run_folder, checkpoint, folder):
         shutil.copy(run_folder / name, folder)
 
 
-@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_resumed_on_other_processes(kind, config, alone, tmp_path):
     """One process started, two resume; and the other way round."""
     checkpoint, two, one = f"checkpoint-{STEPS // 2}", tmp_path / "two", tmp_path / "one"

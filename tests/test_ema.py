@@ -278,6 +278,7 @@ def sharded_course(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_sharded_by_fsdp_equals_unsharded(tmp_path):
     other = small_model()
     averages = EMAWeights(other, **RUN)

@@ -65,6 +65,7 @@ def pipeline(tmp_path, faces):
 NETWORK = ["--feature_network", "test_evaluation:make_pixels"]
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(pipeline, tmp_path, with_tests_on_path):
     """Eleven images in batches of four: the last one is smaller, and one process has a batch less."""
     arguments = [

@@ -114,6 +114,7 @@ def test_against_float64(function, dtype, width):
     check(function, inputs, TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @each
 def test_processors_without_avx512(function, no_kernels_yet, monkeypatch):
     monkeypatch.setattr(cpp_kernels, "_FLAGS", [flag for flag in cpp_kernels._FLAGS if flag != "-march=native"])

@@ -569,6 +569,7 @@ def draw_first(pipe):
     return pipe(num_inference_steps=2, generator=generator, output_type="latent").images
 
 
+@pytest.mark.slow
 def test_training_with_a_hub_that_is_down(tmp_path):
     with Hub() as gone:
         endpoint = gone.endpoint

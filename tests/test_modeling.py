@@ -204,11 +204,18 @@ def test_gradient_checkpointing_changes_nothing(make_model, types):
 TWO_LEVELS = {"widths": (16, 32), "depths": (1, 1), "mapping_depth": 1}
 
 
-@pytest.mark.parametrize("types", [["neighborhood", "global"], ["shifted_window", "none"]])
-def test_compile_without_a_graph_break(make_model, types):
+@pytest.mark.parametrize(
+    ("backend", "types"),
+    [
+        ("aot_eager", ["neighborhood", "global"]),
+        pytest.param("inductor", ["neighborhood", "global"], marks=pytest.mark.slow),
+        pytest.param("inductor", ["shifted_window", "none"], marks=pytest.mark.slow),
+    ],
+)
+def test_compile_without_a_graph_break(make_model, backend, types):
     torch._dynamo.reset()
     model = make_model(attention_types=types, window_size=4, num_classes=3, **TWO_LEVELS)
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     args = (*inputs(), torch.tensor([0, 2]))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(graph break|lru_cache).*")
@@ -232,6 +239,7 @@ def test_compiled_model_takes_other_sizes(make_model):
             assert relative_error(compiled(*args).sample, model(*args).sample) < 1e-5
 
 
+@pytest.mark.slow
 def test_regional_compile(make_model):
     torch._dynamo.reset()
     model = make_model(**TWO_LEVELS)

@@ -111,6 +111,7 @@ def test_threads_do_not_change_a_bit_of_what_is_scaled_and_turned():
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
+@pytest.mark.slow
 def test_processors_without_avx512(no_kernels_yet, monkeypatch):
     """Eight lanes in place of sixteen; where the processor has no AVX-512, the others are tested by nobody."""
     monkeypatch.setattr(cpp_kernels, "_FLAGS", [flag for flag in cpp_kernels._FLAGS if flag != "-march=native"])

@@ -72,7 +72,7 @@ def kill_at_random(config, folder, kills, seed):
     return halves
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(3, 30), pytest.param(20, 150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "steps"), [(2, 20), pytest.param(20, 150, marks=pytest.mark.slow)])
 def test_killed_at_any_moment(kills, steps, tmp_path):
     """SIGKILL, also inside a save; the same command then ends bit-equal to a run that nobody killed."""
     config = write_config(tmp_path, **{**OVERRIDES, "max_train_steps": steps})

@@ -152,7 +152,7 @@ def test_compiled(make_pipeline):
         assert relative_error(draw(pipe, **arguments), plain) < 1e-4
 
 
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("train", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_no_recompilation(make_model, train):
     """Neither for batches of other sizes, once one made the graph symbolic, nor for other noise levels or labels."""
     torch._dynamo.reset()
