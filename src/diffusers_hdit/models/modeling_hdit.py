@@ -26,13 +26,13 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ..ops.cache import cached_tensors
+from ..ops.derivatives import differentiable_attention
 from ..ops.geglu import geglu
 from ..ops.linear import Linear
 from ..ops.neighborhood_attention import BACKENDS, cosine_neighborhood_attention, unavailable_reason
 from ..ops.registry import kernels_of
 from ..ops.rms_norm import rms_norm
 from ..ops.rotary import normalize_and_rotate
-from ..ops.derivatives import differentiable_attention
 from ..utils.remote_code import RemoteCodeMixin, SafeWeights, package_module
 from .ablations import (
     ABLATION_ACTIVATIONS,

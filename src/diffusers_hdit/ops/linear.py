@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..utils.remote_code import package_module
-from .registry import kernels_enabled
 from .derivatives import is_transformed
+from .registry import kernels_enabled
 
 
 # Multiplications for one sample, below which what a call costs outweighs what it saves.

@@ -15,6 +15,7 @@ Shapes: B batch, h×w grid of tokens, n heads, d channels of a head, kh×kw wind
 import torch
 from torch import Tensor
 
+from .derivatives import is_transformed
 from .neighborhood_backends import (
     centred_start,
     dense_attention,
@@ -27,7 +28,6 @@ from .neighborhood_backends import (
 )
 from .registry import kernels_enabled, kernels_of
 from .rotary import normalize_and_rotate
-from .derivatives import is_transformed
 
 
 # Those of the package (`triton` and `cpp`), and those of `neighborhood_backends.py`.

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .derivatives import vjp_of_reference
 from .neighborhood_backends import tiled_attention
 from .rotary import normalize_and_rotate_reference
-from .derivatives import vjp_of_reference
 
 
 def make_operators(

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from ..derivatives import vjp_of_reference
 from ..geglu import geglu_reference
 from ..rms_norm import NORM_EPS, rms_norm_reference
 from ..rotary import normalize_and_rotate_reference
-from ..derivatives import vjp_of_reference
 from .library import call
 
 
