@@ -163,6 +163,7 @@ class ImageGenerator:
         conditions: arguments of the pipeline, one entry an image.
         size: (height, width); None is the trained size.
         autocast: makes the context that the pipeline runs in.
+        callback_on_step_end: of the pipeline.
     """
 
     pipeline: HDiTPipeline
@@ -174,6 +175,7 @@ class ImageGenerator:
     seed: int = 0
     size: tuple[int, int] | None = None
     autocast: Callable = contextlib.nullcontext
+    callback_on_step_end: Callable | None = None
 
     def generate(self, indices: Iterable[int]) -> Tensor:
         """Generate the images with these indices, uint8 `(B, C, H, W)` on the pipeline's device."""
@@ -182,6 +184,7 @@ class ImageGenerator:
             images = generate_batch(
                 self.pipeline, indices, self.seed, self.conditions, height=height, width=width, output_type="pt",
                 num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale,
+                callback_on_step_end=self.callback_on_step_end,
             )  # fmt: skip
         return (images.float() * 255).round().to(torch.uint8)
 
@@ -279,7 +282,9 @@ class InTrainingEvaluator:
     def is_due(self, step: int, total_steps: int) -> bool:
         return step != self.last_step and (step % self.args.metrics_every == 0 or step == total_steps)
 
-    def measure(self, pipeline: HDiTPipeline, step: int, autocast: Callable) -> list[dict] | None:
+    def measure(
+        self, pipeline: HDiTPipeline, step: int, autocast: Callable, callback_on_step_end: Callable | None = None
+    ) -> list[dict] | None:
         """Return results, as `metrics.evaluate` does, on the main process, None elsewhere. All processes must call it."""
         args, real = self.args, self.real
         conditions = conditions_for(
@@ -287,7 +292,14 @@ class InTrainingEvaluator:
         )
         images, steps = args.metrics_images, args.metrics_steps
         generator = ImageGenerator(
-            pipeline, conditions, images, args.train_batch_size, steps, seed=args.seed, autocast=autocast
+            pipeline,
+            conditions,
+            images,
+            args.train_batch_size,
+            steps,
+            seed=args.seed,
+            autocast=autocast,
+            callback_on_step_end=callback_on_step_end,
         )
         if not broadcast_from_main(lambda: self.real_features is not None):
             self.real_features = reference_features(self.extractor, real, args.train_batch_size, args.cache_dir)

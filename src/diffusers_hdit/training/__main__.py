@@ -8,6 +8,7 @@ preset. DIR gets the pipeline with the averaged (EMA) weights, checkpoint-STEP f
 images, and metrics.jsonl. To resume an interrupted run, run the same command again.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -23,6 +24,9 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
         run_training(config)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command resumes from the last checkpoint.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

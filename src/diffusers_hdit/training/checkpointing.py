@@ -11,6 +11,8 @@ The files hold whole tensors by name, however the training was divided, so that 
 processes, with or without sharding (FSDP2). Only DeepSpeed writes shards, into `deepspeed/`.
 """
 
+import errno
+import functools
 import hashlib
 import json
 import os
@@ -23,6 +25,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -40,6 +43,8 @@ from .ema import EMAWeights
 
 
 CHECKSUMS = "checksums.json"
+# What PyTorch and safetensors raise where a file cannot be written.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 # Settings that a run in a folder of its own may change when it starts from another run's checkpoint.
 FORKS_MAY_CHANGE = (
     *names_where(resume="fork"),
@@ -143,6 +148,31 @@ def delete_old(output_dir: Path, step: int, total_limit: int | None) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def delete_before_full_disk(output_dir: Path, step: int, total_limit: int | None) -> None:
+    """Delete what is over the limit before the next checkpoint is written, not after, if there is no room for one more."""
+    earlier = checkpoints(output_dir)
+    if earlier and shutil.disk_usage(output_dir).free < folder_size(earlier[-1]):
+        delete_old(output_dir, step, max(2, total_limit) if total_limit else None)  # the newest one stays in any case
+
+
+def folder_size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def cannot_write(path: Path, error: Exception) -> str:
+    """Say why a checkpoint was not written: a full disk reads otherwise in every library."""
+    found, free = checkpoints(path.parent), shutil.disk_usage(path.parent).free
+    needed = folder_size(found[-1]) if found else None
+    full = getattr(error, "errno", None) == errno.ENOSPC or "space" in str(error) or (needed or 1 << 20) > free
+    reason = "no space left on the device" if full else str(error).splitlines()[0]
+    sizes = f" A checkpoint takes about {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free." if needed else ""
+    kept = f" {found[-1].name} and the earlier checkpoints are unharmed." if found else ""
+    return (
+        f"{path} could not be written: {reason}.{sizes}{kept} Make room (--checkpoints_total_limit keeps fewer), or move the "
+        "folder to a larger disk, and run the same command again."
+    )
 
 
 def find_checkpoint(output_dir: Path, resume_from: str | None, report: Callable[[str], None] = print) -> Path | None:
@@ -259,16 +289,26 @@ def save_checkpoint(
             whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
             weights = get_model_state_dict(model, options=whole)
             state = get_optimizer_state_dict(model, unwrap_optimizer(optimizer), options=whole)
-            if accelerator.is_main_process:
+        averages = ema.state_dict()
+
+        def write_files() -> None:
+            if accelerator.distributed_type != DistributedType.DEEPSPEED:
                 save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
                 torch.save(state, folder / "optimizer.pt")
-        averages = ema.state_dict()
-        if accelerator.is_main_process:
             torch.save(averages, folder / "averages.pt")
             extra = {} if accelerator.scaler is None else {"grad_scaler": accelerator.scaler.state_dict()}
             (folder / "progress.json").write_text(json.dumps({**progress, **extra}))
 
-    write_folder(path, write, accelerator)
+        broadcast_from_main(write_files, WRITE_ERRORS)
+
+    make_room = functools.partial(delete_before_full_disk, Path(output_dir), progress["step"], total_limit)
+    broadcast_from_main(make_room)
+    try:
+        write_folder(path, write, accelerator)
+    except WRITE_ERRORS as error:
+        if accelerator.is_main_process:
+            remove_leftovers(Path(output_dir))
+        raise OSError(cannot_write(path, error)) from error
     if accelerator.is_main_process:
         delete_old(Path(output_dir), progress["step"], total_limit)
     accelerator.wait_for_everyone()

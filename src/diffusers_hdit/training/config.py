@@ -187,10 +187,12 @@ class TrainingConfig:
                                          metavar="LEVELS")  # fmt: skip
     compile: str = option("none", "torch.compile the model; all modes but default replay CUDA graphs, on a GPU",
                           choices=("none", "default", *CUDA_GRAPHS), nargs="?", const="default")  # fmt: skip
+    num_threads: int | None = option(None, "threads of each process on a CPU; default: PyTorch's, one for each core",
+                                     at_least=1, per_run=True)  # fmt: skip
     seed: int = option(0, resume="fork", per_run=True)
 
     checkpointing_steps: int = saving(5000, at_least=1, per_run=True)
-    checkpoints_total_limit: int | None = saving(None, "keep only the newest ones", at_least=1, per_run=True)
+    checkpoints_total_limit: int | None = saving(3, "keep only the newest ones; 0: all", at_least=0, per_run=True)
     resume_from_checkpoint: str | None = saving(None, "a checkpoint folder; default, and 'latest': the newest in "
                                                 "--output_dir", per_run=True)  # fmt: skip
     validation_steps: int = saving(5000, "steps between two grids of generated images", at_least=1, per_run=True)

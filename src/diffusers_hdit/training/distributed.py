@@ -1,8 +1,10 @@
 """One GPU or many: the accelerator, what FSDP2 and DeepSpeed need, and signals that stop all processes."""
 
+import math
 import os
 import signal
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,6 +35,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     if device.type == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1":
         # `accelerate launch` gives one thread to a process unless told otherwise: share the cores.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
     if device.type == "cpu":
         keep_freed_memory()
     if config.allow_tf32 and device.type == "cuda":
@@ -107,16 +111,25 @@ def master_weights(accelerator: Accelerator) -> dict:
     return {"float32_value": safe_get_full_fp32_param}
 
 
+# A Ctrl-C arrives twice under `accelerate launch`: from the terminal, and from the launcher.
+SAME_SIGNAL_SECONDS = 2.0
+
+
+class Stopped(Exception):
+    """The run was asked to stop while images were generated."""
+
+
 class StopRequest:
     """
-    A context in which SIGTERM and SIGINT ask for a stop after the current step; a second SIGINT interrupts at once.
+    A context in which SIGTERM and SIGINT ask for a stop after the current step; another SIGINT more than two seconds later
+    interrupts at once.
 
     Attributes:
         name: the name of the signal that arrived, or None.
     """
 
     def __init__(self, accelerator):
-        self.name, self.several = None, accelerator.num_processes > 1
+        self.name, self.several, self.arrived = None, accelerator.num_processes > 1, -math.inf
         # Agreeing among hosts must not wait for the devices.
         gloo = self.several and torch.distributed.get_backend() != "gloo"
         self.group = torch.distributed.new_group(backend="gloo") if gloo else None
@@ -129,12 +142,21 @@ class StopRequest:
 
     def __exit__(self, *error) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            # The second one of a Ctrl-C may still be on its way while a stopped run ends.
+            if self.name is None or number != signal.SIGINT:
+                signal.signal(number, handler)
 
     def note(self, number: int, frame) -> None:
-        if self.name is not None and number == signal.SIGINT:
+        again = self.name is not None and time.monotonic() - self.arrived > SAME_SIGNAL_SECONDS
+        if again and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+        self.name, self.arrived = signal.Signals(number).name, time.monotonic()
+
+    def raise_if_agreed(self, *_) -> dict:
+        """Raise `Stopped` on all processes if any was asked to stop; a callback of pipelines after each inference step."""
+        if self.agreed():
+            raise Stopped
+        return {}
 
     def agreed(self) -> bool:
         """Return whether any process was asked to stop: the same answer on all of them."""

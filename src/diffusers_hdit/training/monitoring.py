@@ -256,8 +256,11 @@ class MetricsFile:
         return max((line["step"] for line in read_lines(self.path) if name in line), default=None)
 
     def add(self, **values) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:  # writing into an open file, Python names none
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -55,6 +55,10 @@ def run_summary(run, checkpoint: Path | None) -> str:
         f"{as_bytes(fixed)} for weights, gradients, optimizer and averages, {as_bytes(per_image)} per image",
         "output": config.output_dir,
     }
+    if config.lr_scheduler != "constant" and config.lr_warmup_steps > run.total_steps:
+        lines["note"] = (
+            f"--lr_warmup_steps {config.lr_warmup_steps} is longer than the run: its learning rate is never reached"
+        )
     computes_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     kernels = ops.report(network, accelerator.device, computes_in, training=True)
     return "\n".join((*(f"{name:<12}{line}" for name, line in lines.items()), str(kernels)))

@@ -10,7 +10,7 @@ import math
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .. import diffusion
@@ -27,10 +28,11 @@ from ..evaluation.evaluator import InTrainingEvaluator
 from ..models.networks import NETWORKS
 from ..pipelines.upscaling import conditioning_channels
 from ..utils.distributed import broadcast_from_main
-from ..utils.files import write_atomically
+from ..utils.files import check_writable, write_atomically
 from . import checkpointing
 from .config import TrainingConfig, names_where
 from .distributed import (
+    Stopped,
     StopRequest,
     adapt_plugins,
     describe_hardware,
@@ -72,6 +74,7 @@ class TrainingRun:
     step: int = 0
     images_seen: int = 0
     resumed_at: int = 0  # step
+    saved_step: int = 0  # of the newest checkpoint of this session
     checkpoint_due: bool = False
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     metrics: MetricsFile | None = None
@@ -131,6 +134,12 @@ def run_training(config: TrainingConfig) -> None:
         SystemExit: for a training that diverged, after naming the last good checkpoint.
     """
     check_network(config)
+    try:
+        check_writable(Path(config.output_dir))
+    except OSError as error:
+        raise OSError(
+            f"--output_dir {config.output_dir!r} cannot be written to ({error}). Give another one."
+        ) from error
     accelerator = make_accelerator(config)
     find = functools.partial(checkpointing.find_checkpoint, config.output_dir, config.resume_from_checkpoint)
     checkpoint = broadcast_from_main(find, errors=(ValueError, OSError))  # it reads whole files
@@ -147,7 +156,8 @@ def run_training(config: TrainingConfig) -> None:
     open_logs(run)
 
     try:
-        finished = train(run, loader)
+        if train(run, loader):
+            finish(run)
     except TrainingDiverged as error:
         good = broadcast_from_main(functools.partial(checkpointing.last_good, config.output_dir))
         sys.exit(
@@ -155,8 +165,6 @@ def run_training(config: TrainingConfig) -> None:
             + (f"The last good checkpoint is {good}." if good else "There was no good checkpoint yet.")
             + " A lower --learning_rate is the usual remedy: in another --output_dir, with --resume_from_checkpoint."
         )
-    if finished:
-        finish(run)
     # Also because PyTorch's gloo must not be shut down while its thread still releases a collective's tensors: both would
     # wait for Python's lock for ever.
     accelerator.wait_for_everyone()
@@ -303,7 +311,8 @@ def resume(run: TrainingRun, checkpoint: Path) -> None:
     state = {"model": run.model, "optimizer": run.optimizer, "ema": run.ema}
     progress = checkpointing.load_checkpoint(run.accelerator, checkpoint, run.settings, may_differ, **state)
     run.step, run.images_seen = progress["step"], progress["images_seen"]
-    run.resumed_at, run.earlier_sessions = run.step, progress["parts"]
+    run.resumed_at = run.saved_step = run.step
+    run.earlier_sessions = progress["parts"]
     run.loss, run.loss_steps = progress["loss"], progress["averaged"]
     set_schedule(run.lr_scheduler, run.step)
     run.monitor.load_state_dict(progress["watch"])
@@ -342,23 +351,28 @@ def train(run: TrainingRun, loader) -> bool:
     progress_bar = tqdm(total=run.total_steps, initial=run.step, disable=not accelerator.is_main_process, unit="step")
     batches, run.began = iter(loader), time.perf_counter()
     with StopRequest(accelerator) as stop, progress_bar:
-        if run.step:  # it may have ended between its checkpoint and these
-            validate(run)
-        run.stopwatch.reset()
-        while run.step < run.total_steps:
-            train_step(run, batches)
-            progress_bar.update()
-            stopping, last = stop.agreed(), run.step == run.total_steps
-            if run.step % config.logging_steps == 0 or last:
-                report(run, progress_bar)
-            with run.stopwatch.pause():
-                run.checkpoint_due |= run.step % config.checkpointing_steps == 0 or stopping or last
-                if run.checkpoint_due:
-                    save_checkpoint(run, force=stopping or last)
-                if stopping and not last:
-                    accelerator.print(f"\nStopped by {stop.name} after step {run.step}. {how_to_resume(run)}")
-                    return False
-                validate(run)
+        try:
+            if run.step:  # it may have ended between its checkpoint and these
+                validate(run, stop.raise_if_agreed)
+            run.stopwatch.reset()
+            while run.step < run.total_steps:
+                train_step(run, batches)
+                progress_bar.update()
+                last = run.step == run.total_steps
+                if run.step % config.logging_steps == 0 or last:
+                    report(run, progress_bar)
+                with run.stopwatch.pause():
+                    run.checkpoint_due |= run.step % config.checkpointing_steps == 0 or last
+                    if run.checkpoint_due:
+                        save_checkpoint(run, force=last)
+                    if not last:
+                        stop.raise_if_agreed()
+                    validate(run, stop.raise_if_agreed)
+        except Stopped:
+            if run.saved_step != run.step:
+                save_checkpoint(run, force=True)
+            accelerator.print(f"\nStopped by {stop.name} after step {run.step}. {how_to_resume(run)}")
+            return False
     if run.checkpoint_due:
         raise TrainingDiverged(f"the run ended with {run.monitor.consecutive_skips} skipped steps in a row")
     return True
@@ -453,6 +467,7 @@ def save_checkpoint(run: TrainingRun, force: bool) -> None:
     run.monitor.flush()
     if run.monitor.consecutive_skips and not force:
         return
+    check_weights(run)
     progress = {
         "step": run.step,
         "images_seen": run.images_seen,
@@ -467,7 +482,15 @@ def save_checkpoint(run: TrainingRun, force: bool) -> None:
     limit = None if run.monitor.consecutive_skips else run.config.checkpoints_total_limit
     state = {"model": run.model, "optimizer": run.optimizer, "ema": run.ema}
     checkpointing.save_checkpoint(run.accelerator, run.output_dir, progress, limit, **state)
-    run.checkpoint_due = False
+    run.checkpoint_due, run.saved_step = False, run.step
+
+
+def check_weights(run: TrainingRun) -> None:
+    """Raise `TrainingDiverged`, on all processes, if a weight is not finite: neither a checkpoint nor a pipeline is written."""
+    local = (p.to_local() if isinstance(p, DTensor) else p for p in run.network.parameters())
+    finite = torch.stack([p.detach().isfinite().all() for p in local]).all().float()
+    if not run.accelerator.reduce(finite, "sum") == run.accelerator.num_processes:
+        raise TrainingDiverged(f"after step {run.step} weights of the network are not finite")
 
 
 def how_to_resume(run: TrainingRun) -> str:
@@ -476,31 +499,31 @@ def how_to_resume(run: TrainingRun) -> str:
     return f"Saved checkpoint-{run.step}. The same command resumes from it."
 
 
-def validate(run: TrainingRun) -> None:
-    """Save the snapshots, metrics, sample grids and pushes that are due at this step."""
+def validate(run: TrainingRun, callback_on_step_end: Callable | None = None) -> None:
+    """Save the snapshots, metrics, sample grids and pushes that are due at this step; the callback may stop generating."""
     config = run.config
     if config.ema_sigma_rel and run.step % (config.ema_snapshot_steps or config.checkpointing_steps) == 0:
         save_snapshot(run.ema, run.output_dir / "snapshots", run.step)
     if run.evaluator is not None and run.evaluator.is_due(run.step, run.total_steps):
-        measure(run)
+        measure(run, callback_on_step_end)
     if run.step % config.validation_steps == 0 and run.step < run.total_steps:
-        save_samples(run, f"step-{run.step:07d}")
+        save_samples(run, f"step-{run.step:07d}", callback_on_step_end)
         push_intermediate(run)
 
 
-def measure(run: TrainingRun) -> None:
+def measure(run: TrainingRun, callback_on_step_end: Callable | None = None) -> None:
     """Compare images of the averaged weights with the training set, on all processes."""
     run.network.eval()
     with run.ema.swapped():
         pipeline = make_pipeline(run.network, run.config)
-        results = run.evaluator.measure(pipeline, run.step, run.accelerator.autocast)
+        results = run.evaluator.measure(pipeline, run.step, run.accelerator.autocast, callback_on_step_end)
     run.network.train()
     if results is not None:
         run.metrics.add(step=run.step, images_seen=run.images_seen, metrics=results)
         run.accelerator.log({f"metrics/{result['name']}": result["value"] for result in results}, step=run.step)
 
 
-def save_samples(run: TrainingRun, name: str) -> None:
+def save_samples(run: TrainingRun, name: str, callback_on_step_end: Callable | None = None) -> None:
     """Generate validation images with the averaged weights on all processes, and save a grid of them."""
     config = run.config
     run.network.eval()
@@ -512,6 +535,7 @@ def save_samples(run: TrainingRun, name: str) -> None:
             config.seed,
             config.train_batch_size,
             run.accelerator,
+            callback_on_step_end,
         )
     run.network.train()
     if images is not None:

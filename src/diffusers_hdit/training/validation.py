@@ -1,6 +1,7 @@
 """Validation images of a training run, and grids of them."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ def generate_validation_images(
     seed: int,
     batch_size: int,
     accelerator: Accelerator,
+    callback_on_step_end: Callable | None = None,
 ) -> Tensor | None:
     """
     Generate images from the same noise and conditions each time, so that grids of different steps can be compared.
@@ -38,6 +40,7 @@ def generate_validation_images(
 
     Args:
         conditions: `num_images` of each argument of the pipeline, from `validation_conditions`.
+        callback_on_step_end: of the pipeline.
 
     Returns:
         `(num_images, C, H, W)` in [0, 1] on the main process's host, None on the others.
@@ -57,6 +60,7 @@ def generate_validation_images(
                 num_inference_steps=VALIDATION_INFERENCE_STEPS,
                 generator=[torch.Generator().manual_seed(mixed_seed("validation", seed, i)) for i in batch],
                 output_type="pt",
+                callback_on_step_end=callback_on_step_end,
             ).images
         generated.append(images)
     images = accelerator.gather(torch.cat(generated).contiguous())

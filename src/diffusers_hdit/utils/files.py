@@ -2,8 +2,9 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -37,6 +38,24 @@ def write_atomically(path: str | os.PathLike, content: str | bytes, durable: boo
     """Write a text (as UTF-8) or bytes to `path`, which is either what it was before or has all of the new content."""
     with atomic_path(path, durable) as partial:
         partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def check_writable(folder: Path) -> None:
+    """
+    Check that files can be written into a folder, which is made for that and removed again if it is not there.
+
+    Raises:
+        OSError: if not, with the reason.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+    finally:
+        for path in new:
+            with suppress(OSError):
+                path.rmdir()
 
 
 def synchronize(path: Path) -> None:
