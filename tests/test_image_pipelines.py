@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import EDMDPMSolverMultistepScheduler
+from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from PIL import Image
 
 from diffusers_hdit import (
@@ -16,6 +16,7 @@ from diffusers_hdit import (
     HDiTUpscalePipeline,
     upscaling,
 )
+from diffusers_hdit.pipelines import image_inputs
 
 
 SIGMAS = {"sigma_min": 0.01, "sigma_max": 80.0, "sigma_data": 0.5}
@@ -375,10 +376,8 @@ def test_saved_and_loaded(make_pipeline, tmp_path, cls):
         (HDiTImg2ImgPipeline, {"strength": 0.0}, r"strength must be above 0 and at most 1, got 0.0"),
         (HDiTImg2ImgPipeline, {"strength": 1.1}, r"strength must be above 0 and at most 1, got 1.1"),
         (HDiTImg2ImgPipeline, {"strength": 0.04, "num_inference_steps": 10}, "less than one; .*num_inference_steps=26"),
-        (HDiTImg2ImgPipeline, {"image": picture(size=(30, 32))}, "30×32 images: height 30"),
-        (HDiTImg2ImgPipeline, {"image": picture(mode="L")}, r"image has 1 channels, this model takes 3.*convert\('RGB'\)"),
-        (HDiTImg2ImgPipeline, {"image": picture().convert("HSV")}, "image has mode HSV; convert it to L, RGB or RGBA"),
-        (HDiTImg2ImgPipeline, {"image": picture().convert("P")}, "image has mode P; convert it to L, RGB or RGBA"),
+        (HDiTImg2ImgPipeline, {"image": torch.zeros(1, 32, 32)}, "image has 1 channels, this model takes 3"),
+        (HDiTImg2ImgPipeline, {"image": picture().convert("L").convert("I")}, "image has mode I; convert it to L, RGB"),
         (HDiTInpaintPipeline, {"mask_image": None}, "mask_image must be PIL images, arrays or tensors, got NoneType"),
         (HDiTImg2ImgPipeline, {"image": [picture(), picture(size=(24, 24))]}, "must have one shape"),
         (HDiTImg2ImgPipeline, {"image": torch.full((3, 32, 32), -1.0)}, "values from 0 to 1, got -1"),
@@ -408,3 +407,33 @@ def test_errors_before_the_first_evaluation(make_pipeline, calls, cls, arguments
 def test_a_misspelt_argument(make_pipeline):
     with pytest.raises(TypeError, match="guidance_scal"):
         make_pipeline(HDiTImg2ImgPipeline)(picture(), guidance_scal=2.0)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "LA", "PA", "1", "YCbCr"])
+def test_images_of_other_modes_are_converted(make_model, mode):
+    """As Diffusers' `load_image` does it: alpha is dropped, palettes are looked up."""
+    image = picture().convert(mode)
+    arguments = {"strength": 0.5, "num_inference_steps": 2, "output_type": "pt"}
+    pipe = HDiTImg2ImgPipeline(make_model(), EDMEulerScheduler())
+    found = pipe(image, generator=seeded(), **arguments).images
+    assert torch.equal(found, pipe(image.convert("RGB"), generator=seeded(), **arguments).images)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((30, 32), (32, 32)), ((45, 27), (48, 24)), ((5, 100), (16, 96)), ((32, 32), (32, 32))]
+)
+def test_other_sizes_are_resized_to_the_nearest(make_model, size, expected, monkeypatch):
+    model = make_model()
+    said = []
+    monkeypatch.setattr(image_inputs.logger, "warning", said.append)
+    image = picture(size=size)
+    arguments = {"strength": 0.5, "num_inference_steps": 2, "output_type": "pt", "generator": seeded()}
+    assert HDiTImg2ImgPipeline(model, EDMEulerScheduler())(image, **arguments).images.shape[-2:] == expected
+    mask = torch.zeros(1, *size)
+    mask[:, : size[0] // 2] = 1
+    kept = HDiTInpaintPipeline(model, EDMEulerScheduler())(image, mask, **arguments).images
+    assert kept.shape[-2:] == expected
+    if size != expected:
+        assert f"from {size[0]}×{size[1]} to {expected[0]}×{expected[1]}" in said[0]
+    else:
+        assert not said

@@ -248,3 +248,35 @@ def test_the_pipeline_of_a_3m_sde_model_is_reproducible(make_model):
     apart = torch.cat((draw([0], [5]), draw([1, 2], [6, 7])))
     # A sampler that confused the generators would be off by 1; matrices of other heights round otherwise.
     torch.testing.assert_close(together, apart, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("cls", [DPMSolverPP3MSDEScheduler, EDMHeunScheduler])
+def test_custom_sigmas_are_used_as_they_are(cls):
+    for sigmas in ([5.0, 1.0, 0.1], torch.tensor([5.0, 1.0, 0.1]), [5.0, 1.0, 0.1, 0.0]):
+        scheduler = cls()
+        scheduler.set_timesteps(sigmas=sigmas)
+        assert sorted(set(scheduler.sigmas.tolist()), reverse=True) == pytest.approx([5.0, 1.0, 0.1, 0.0])
+        assert scheduler.timesteps[0].item() == pytest.approx(math.log(5.0) / 4)
+        sample = torch.randn(1, 3, 4, 4) * 5
+        for t in scheduler.timesteps:
+            sample = scheduler.step(torch.zeros_like(sample), t, sample).prev_sample
+        assert scheduler.num_inference_steps == 3 and sample.isfinite().all()
+    for wrong in ([1.0, 2.0], [1.0, -1.0], [], [float("nan")]):
+        with pytest.raises(ValueError, match="positive, finite and decreasing"):
+            cls().set_timesteps(sigmas=wrong)
+    with pytest.raises(ValueError, match="either num_inference_steps or sigmas"):
+        cls().set_timesteps()
+
+
+@pytest.mark.parametrize(
+    "cls", [DPMSolverPP3MSDEScheduler, EDMHeunScheduler, EDMEulerScheduler, EDMDPMSolverMultistepScheduler]
+)
+@pytest.mark.parametrize("schedule", ["karras", "exponential"])
+def test_one_step_begins_at_sigma_max(cls, schedule, make_model):
+    """Diffusers' exponential schedule would begin at sigma_min, where there is next to no noise to remove."""
+    scheduler = cls(sigma_max=50.0, sigma_schedule=schedule)
+    pipe = HDiTPipeline(make_model(), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    pipe(num_inference_steps=1)
+    assert pipe.scheduler.sigmas.tolist() == pytest.approx([50.0, 0.0])
+    assert pipe.scheduler.timesteps.tolist() == pytest.approx([math.log(50.0) / 4])

@@ -71,7 +71,7 @@ def test_wrong_flags(tmp_path, capsys, arguments, message):
         ({"upscale_factor": 2}, "--upscale_factor does nothing without --task upscale"),
         ({"max_train_steps": 2.5}, "max_train_steps must be a whole number, got 2.5"),
         ({"validation_steps": 0}, "validation_steps must be at least 1, got 0"),
-        ({"checkpoints_total_limit": -1}, "checkpoints_total_limit must be at least 0, got -1"),
+        ({"checkpoints_total_limit": -1}, "checkpoints_total_limit must not be negative, got -1"),
         ({"num_validation_images": 0}, "num_validation_images must be at least 1"),
         ({"resolution": [1, 2, 3]}, r"resolution must be one number, or height and width; got \[1, 2, 3\]"),
         ({"model": {"width": 3}}, '"model" has unknown keys: width'),

@@ -18,6 +18,14 @@ class Denoising:
     def num_timesteps(self) -> int:
         return self._num_timesteps
 
+    def set_timesteps(self, num_inference_steps: int) -> None:
+        """Set the scheduler's timesteps; an exponential schedule of one step begins at sigma_max, not as in Diffusers."""
+        scheduler = self.scheduler
+        scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        if num_inference_steps == 1 and scheduler.config.get("sigma_schedule") == "exponential":
+            scheduler.sigmas[0] = scheduler.config.sigma_max
+            scheduler.timesteps = scheduler.precondition_noise(scheduler.sigmas[:1]).to(scheduler.timesteps)
+
     @property
     def interrupt(self) -> bool:
         return self._interrupt
@@ -113,7 +121,7 @@ class Denoising:
     def jump(self, latents: Tensor, sigma: float, sigma_up: float, generator) -> Tensor:
         """Add noise up to a higher level; the scheduler and caches forget the steps before."""
         # Without a device: its sigmas would be read back from there.
-        self.scheduler.set_timesteps(self.scheduler.num_inference_steps)
+        self.set_timesteps(self.scheduler.num_inference_steps)
         self.reset_caches()
         return latents + (sigma_up**2 - sigma**2) ** 0.5 * self.noise(latents.shape, generator)
 

@@ -27,6 +27,7 @@ from ..utils.remote_code import PipelineRemoteCodeMixin, package_module
 from .conditions import append_presence_flag
 from .denoising import Denoising
 from .guidance import AdaptiveProjection, Guidance
+from .lora import HDiTLoraLoaderMixin
 
 
 logger = logging.get_logger(__name__)
@@ -36,7 +37,7 @@ Labels = int | str | Sequence[int] | Sequence[str] | Tensor
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
+class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, HDiTLoraLoaderMixin, DiffusionPipeline):
     r"""
     Generate images with a Hourglass Diffusion Transformer, directly in pixels.
 
@@ -459,7 +460,7 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, DiffusionPipeline):
         conditions |= self.prepare_condition(inputs, generator)
 
         self._guidance_scale = guidance_scale
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        self.set_timesteps(num_inference_steps)
         # The first sigma itself: the schedulers' init_noise_sigma, sqrt(sigma² + 1), is not where EDM samplers start.
         sigmas = self.scheduler.sigmas.tolist()
         runs = self.runs(first_step, num_inference_steps, *jumps)

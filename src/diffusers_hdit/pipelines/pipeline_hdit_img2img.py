@@ -8,7 +8,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from .guidance import AdaptiveProjection
-from .image_inputs import Images, images_to_tensor
+from .image_inputs import Images, fit_to_model, images_to_tensor
 from .pipeline_hdit import Generators, HDiTPipeline, Labels
 
 
@@ -44,7 +44,7 @@ class HDiTImg2ImgPipeline(HDiTPipeline):
 
         Args:
             image: what to start from: one or a list, PIL images, or arrays `(H, W, C)` or tensors `(C, H, W)` from 0 to 1.
-                Its size is that of the result.
+                Its size is that of the result; one that the model does not take is resized to the nearest that it does.
             class_labels: as in `HDiTPipeline`; one, or as many as images.
             strength: share of `num_inference_steps` that is run, in (0, 1]. The image gets noise of the level where they
                 begin; 1 leaves next to nothing of it.
@@ -59,7 +59,7 @@ class HDiTImg2ImgPipeline(HDiTPipeline):
         Raises:
             ValueError: for wrong arguments, before the first evaluation.
         """
-        image = images_to_tensor(image, self.transformer.config.in_channels)
+        image = fit_to_model(images_to_tensor(image, self.transformer.config.in_channels), self.transformer)
         return self.generate(
             *image.shape[-2:],
             inputs={"image": image},

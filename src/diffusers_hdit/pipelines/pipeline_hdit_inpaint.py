@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from .guidance import AdaptiveProjection
-from .image_inputs import Images, images_to_tensor, mask_to_tensor
+from .image_inputs import Images, fit_to_model, images_to_tensor, mask_to_tensor
 from .pipeline_hdit import Generators, HDiTPipeline, Labels
 
 
@@ -70,9 +71,12 @@ class HDiTInpaintPipeline(HDiTPipeline):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}.")
         image = images_to_tensor(image, self.transformer.config.in_channels)
+        mask = mask_to_tensor(mask_image, *image.shape[-2:])
+        image = fit_to_model(image, self.transformer)
+        mask = F.interpolate(mask.float(), image.shape[-2:], mode="nearest-exact") > 0.5
         return self.generate(
             *image.shape[-2:],
-            inputs={"image": image, "mask": mask_to_tensor(mask_image, *image.shape[-2:])},
+            inputs={"image": image, "mask": mask},
             strength=strength,
             jumps=(jump_length, jump_n_sample),
             class_labels=class_labels,

@@ -6,6 +6,7 @@ arithmetic is done in float32 at least; its coefficients are Python numbers, so 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from diffusers import EDMEulerScheduler
@@ -38,10 +39,47 @@ class EDMScheduler(RemoteCodeMixin, EDMEulerScheduler):
         """The noise starts at sigma_max, as in the reference."""
         return self.config.sigma_max
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None, **kwargs) -> None:
-        super().set_timesteps(num_inference_steps, device=device, **kwargs)
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Tensor | Sequence[float] | None = None,
+    ) -> None:
+        """
+        Set the noise levels of the steps.
+
+        Args:
+            num_inference_steps: of the configured schedule; left out with `sigmas`.
+            device: for the timesteps.
+            sigmas: noise levels to use as they are, decreasing; the step to 0 follows them.
+
+        Raises:
+            ValueError: for both or neither, and for sigmas that are not positive and decreasing.
+        """
+        if (num_inference_steps is None) == (sigmas is None):
+            raise ValueError("set_timesteps takes either num_inference_steps or sigmas.")
+        if sigmas is not None:
+            levels = torch.as_tensor(sigmas, dtype=torch.float32, device="cpu").reshape(-1)
+            levels = levels[:-1] if len(levels) and levels[-1] == 0 else levels
+            if not len(levels) or not levels.isfinite().all() or levels[-1] <= 0 or (levels.diff() >= 0).any():
+                raise ValueError(f"sigmas must be positive, finite and decreasing, got {levels.tolist()}.")
+            num_inference_steps = len(levels)
+        super().set_timesteps(num_inference_steps, device=device)
+        if sigmas is not None:
+            self.sigmas = torch.cat((levels, levels.new_zeros(1)))
+            self.timesteps = self.precondition_noise(levels.to(device))
+        self.spread_timesteps()
         self.is_scale_input_called = False
         self.start_anew()
+
+    def _compute_exponential_sigmas(self, ramp: Tensor, *args, **kwargs) -> Tensor:
+        # Diffusers would begin the only step at sigma_min.
+        if len(ramp) == 1:
+            return ramp.new_full((1,), self.config.sigma_max)
+        return super()._compute_exponential_sigmas(ramp, *args, **kwargs)
+
+    def spread_timesteps(self) -> None:
+        """Repeat the timesteps for a sampler that evaluates the network more than once a step."""
 
     def start_anew(self) -> None:
         """Forgets what earlier steps left behind."""
@@ -220,8 +258,7 @@ class EDMHeunScheduler(EDMScheduler):
         self.check_config()
         self.start_anew()
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None, **kwargs) -> None:
-        super().set_timesteps(num_inference_steps, device=device, **kwargs)
+    def spread_timesteps(self) -> None:
         self.timesteps = torch.cat((self.timesteps[:1], self.timesteps[1:].repeat_interleave(2)))
         self.sigmas = torch.cat((self.sigmas[:1], self.sigmas[1:-1].repeat_interleave(2), self.sigmas[-1:]))
 

@@ -137,6 +137,9 @@ class SafeWeights:
                 "because a pickle can run code. Leave it out; convert old weights with safetensors.torch.save_file."
             )
         kwargs["use_safetensors"] = True
+        if getattr(cls, "_keep_in_fp32_modules", None) and not kwargs.get("low_cpu_mem_usage", True):
+            # Diffusers refuses it for such models; the loaded weights are the same.
+            del kwargs["low_cpu_mem_usage"]
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def save_pretrained(
@@ -156,6 +159,7 @@ class SafeWeights:
             ValueError: for `safe_serialization=False`, before anything is written: the pickle could not be loaded again.
         """
         check_safe_serialization(self, safe_serialization)
+        check_no_adapters(self)
         kwargs |= {"variant": variant, "max_shard_size": max_shard_size}
         super().save_pretrained(save_directory, is_main_process, save_function, **kwargs)
 
@@ -168,12 +172,25 @@ def check_safe_serialization(saved: object, safe_serialization: bool) -> None:
         )
 
 
+def check_no_adapters(saved: object) -> None:
+    """Raise ValueError for a network with LoRA adapters, which would be loaded again without them and with random weights."""
+    if getattr(saved, "_hf_peft_config_loaded", False):
+        names = ", ".join(getattr(saved, "peft_config", {}))
+        raise ValueError(
+            f"{type(saved).__name__} has LoRA adapters ({names}), which save_pretrained does not save. Save them with "
+            "save_lora_adapter(FOLDER); or make them part of the weights with fuse_lora() and unload_lora(), or remove them "
+            "with unload_lora(), and save then."
+        )
+
+
 class PipelineRemoteCodeMixin(RemoteCodeMixin, SafeWeights):
     """Writes into model_index.json which files hold the code, and reads past it with a class that is at hand."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, *args, **kwargs):
         """As in Diffusers; raises ValueError for `safe_serialization=False` (see `SafeWeights`)."""
         check_safe_serialization(self, safe_serialization)
+        for component in self.components.values():
+            check_no_adapters(component)
         super(SafeWeights, self).save_pretrained(save_directory, safe_serialization, *args, **kwargs)
 
     def to_json_string(self) -> str:
