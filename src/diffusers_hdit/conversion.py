@@ -302,10 +302,16 @@ def load_pipeline(
             "the checkpoint holds no configuration; give the one it was trained with: config=FILE.json (--config)."
         )
     config = found if config is None else read_config(config)
-    model = HDiTModel(**model_config_from_reference(config))
+    try:
+        model = HDiTModel(**model_config_from_reference(config))
+        scheduler = EDMDPMSolverMultistepScheduler(**scheduler_config_from_reference(config))
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"the configuration has a value of a wrong type or shape, or lacks one ({type(error).__name__}: {error}); give "
+            "the one that k-diffusion trained with."
+        ) from error
     model.load_state_dict(weights_from_reference(model, weights))
     cast_parameters(model.eval(), dtype or torch.float32)
-    scheduler = EDMDPMSolverMultistepScheduler(**scheduler_config_from_reference(config))
     return pipeline_class(transformer=model, scheduler=scheduler, k_diffusion_config=config)
 
 

@@ -19,7 +19,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
 from ..utils.remote_code import RemoteCodeMixin, SafeWeights
-from .checks import check_counts, check_inputs, pair
+from .checks import check_counts, check_inputs, check_types, pair
 
 
 # The sinusoidal embeddings of both networks were designed for the whole numbers from 0 to 999: their fastest wave
@@ -184,6 +184,7 @@ class DiTPixelModel(PixelBaseline):
         conditioning_channels: int = 0,
     ):
         super().__init__()
+        check_types(self)
         check_counts(self.config, "patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
         self.sample_size = pair("sample_size", sample_size)
         height, width = self.sample_size
@@ -300,6 +301,7 @@ class UNetPixelModel(PixelBaseline):
         conditioning_channels: int = 0,
     ):
         super().__init__()
+        check_types(self)
         check_counts(self.config, "layers_per_block", "attention_head_dim", "norm_num_groups")
         count = len(block_out_channels)
         attention_blocks = [max(count - 2, 0)] if attention_blocks is None else attention_blocks

@@ -1,7 +1,12 @@
 """Checks of a network's configuration and inputs, shared by `HDiTModel` and the baselines. All raise ValueError."""
 
+import inspect
+import math
+import numbers
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Union, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +68,32 @@ LEVEL_ARGUMENTS = (
     "widths", "depths", "ff_widths", "attention_types", "attention_head_dim", "kernel_size", "window_size", "dropout",
     "position_embedding", "activation", "norm",
 )  # fmt: skip
+
+
+def check_types(model: nn.Module) -> None:
+    """Check that the configuration of a network has values of the types that its `__init__` is annotated with."""
+    for name, parameter in inspect.signature(type(model).__init__).parameters.items():
+        value = model.config.get(name)
+        if name in model.config and not has_type(value, parameter.annotation):
+            wanted = getattr(parameter.annotation, "__name__", None) or str(parameter.annotation)
+            raise ValueError(f"{name} must be {wanted.replace('collections.abc.', '')}, got {value!r}.")
+
+
+def has_type(value: object, annotation: object) -> bool:
+    """Return whether a value is of an annotated type; lists and tuples are alike, and a bool is no number."""
+    inner = get_args(annotation)
+    if isinstance(annotation, types.UnionType) or get_origin(annotation) is Union:
+        return any(has_type(value, member) for member in inner)
+    if inner:  # tuple[int, int] or Sequence[int]
+        several = (
+            inner if get_origin(annotation) is tuple else inner * (len(value) if hasattr(value, "__len__") else 0)
+        )
+        is_list = isinstance(value, (list, tuple)) and len(value) == len(several)
+        return is_list and all(map(has_type, value, several))
+    if annotation in (int, float):
+        number = numbers.Integral if annotation is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)
+    return annotation in (inspect.Parameter.empty, Any) or isinstance(value, annotation or type(None))
 
 
 def resolve_levels(config: Mapping, allowed_types: Sequence[str]) -> list[Level]:

@@ -44,7 +44,16 @@ from .ablations import (
     HDiTSlidingWindowAttnProcessor,
     PatchInWithPositions,
 )
-from .checks import Level, check_counts, check_design_choices, check_inputs, check_self_cond, pair, resolve_levels
+from .checks import (
+    Level,
+    check_counts,
+    check_design_choices,
+    check_inputs,
+    check_self_cond,
+    check_types,
+    pair,
+    resolve_levels,
+)
 
 
 # Cosines and sines of the angles that queries and keys are rotated by, `(h, w, n, d/4)` each; None without RoPE.
@@ -622,6 +631,7 @@ class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, Config
         position_size: int | tuple[int, int] | None = None,
     ):
         super().__init__()
+        check_types(self)
         self.levels = resolve_levels(self.config, tuple(ATTENTION_PROCESSORS))
         check_design_choices(self.config, self.levels, DESIGN_CHOICES)
         self.patch_size = pair("patch_size", patch_size)

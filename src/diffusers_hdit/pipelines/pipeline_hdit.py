@@ -158,9 +158,15 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, HDiTLoraLoaderMixin, Diff
             class_labels = [class_labels]
         if len(class_labels) == 0:
             raise ValueError("class_labels is empty; give at least one, or None to generate without a label.")
-        ids = [
-            self.get_label_ids(label)[0] if isinstance(label, str) else operator.index(label) for label in class_labels
-        ]
+        try:
+            ids = [
+                self.get_label_ids(label)[0] if isinstance(label, str) else operator.index(label)
+                for label in class_labels
+            ]
+        except TypeError as error:
+            raise ValueError(
+                f"class_labels must be class numbers or names, one or a list of them, got {class_labels!r}."
+            ) from error
         for i in ids:
             if not 0 <= i <= num_classes:
                 raise ValueError(
