@@ -114,7 +114,9 @@ def run_script(command, threads, folder, output):
 
 
 def environment():
-    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_CURRENT")}
+    """The variables that decide what a run does; libraries set others when they are imported."""
+    prefixes = ("ACCELERATE_", "CXX", "DIFFUSERS_", "HF_", "HOME", "PATH", "PYTHON", "TORCH_EXTENSIONS_DIR", "XDG_")
+    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
 
 
 forks = multiprocessing.get_context("forkserver")

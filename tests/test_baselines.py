@@ -151,7 +151,7 @@ def test_unet_is_diffusers_own():
 
 
 @TYPES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_noise_levels_are_resolved(model_type, dtype):
     """Sigmas one percent apart are distinguished everywhere, in half precision too; in float64, against the definition of the waves."""
     model = make(model_type).to(dtype)
@@ -372,7 +372,8 @@ def test_the_card_says_what_it_is(model_type, tmp_path):
 # Training
 
 
-@pytest.mark.parametrize("model_type", ["dit", pytest.param("unet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["dit", "unet"])
 def test_training_and_resuming(model_type, tmp_path):
     """Ends bit-equal to an uninterrupted run; all conditions, augmentation and dropout are on."""
     config = write_config(

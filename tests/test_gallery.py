@@ -25,6 +25,7 @@ def gallery(monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_pictures_and_tables(gallery, make_model, tmp_path, monkeypatch):
     monkeypatch.setattr(gallery, "REFERENCE_STEPS", 50)
     # Fewer steps than its pictures have: a test of the script, not of the sampler.

@@ -31,7 +31,7 @@ def test_a_signal_that_comes_twice_is_one(monkeypatch):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_while_images_are_generated(number, tmp_path):
     folder = tmp_path / "run"
     config = write_config(tmp_path, max_train_steps=1000, validation_steps=2, checkpointing_steps=500)
@@ -82,7 +82,7 @@ def test_a_full_disk(small_disk, tmp_path):
     output, _ = process.communicate()
     assert process.returncode == 1 and "Traceback" not in output
     message = output.strip().splitlines()[-1]
-    assert f"{folder}/checkpoint-3 could not be written: no space left on the device" in message
+    assert f"{folder}/checkpoint-3 could not be written: No space left on the device" in message
     assert f"takes about {size / 2**20:.1f} MiB" in message and "checkpoint-2 and the earlier" in message
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-1", "checkpoint-2"]
     assert not list(folder.glob(".partial-*"))

@@ -18,10 +18,10 @@ class Denoising:
     def num_timesteps(self) -> int:
         return self._num_timesteps
 
-    def set_timesteps(self, num_inference_steps: int) -> None:
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | None = None) -> None:
         """Set the scheduler's timesteps; an exponential schedule of one step begins at sigma_max, not as in Diffusers."""
         scheduler = self.scheduler
-        scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        scheduler.set_timesteps(num_inference_steps, device=device)
         if num_inference_steps == 1 and scheduler.config.get("sigma_schedule") == "exponential":
             scheduler.sigmas[0] = scheduler.config.sigma_max
             scheduler.timesteps = scheduler.precondition_noise(scheduler.sigmas[:1]).to(scheduler.timesteps)

@@ -466,7 +466,7 @@ class HDiTPipeline(PipelineRemoteCodeMixin, Denoising, HDiTLoraLoaderMixin, Diff
         conditions |= self.prepare_condition(inputs, generator)
 
         self._guidance_scale = guidance_scale
-        self.set_timesteps(num_inference_steps)
+        self.set_timesteps(num_inference_steps, self._execution_device)
         # The first sigma itself: the schedulers' init_noise_sigma, sqrt(sigma² + 1), is not where EDM samplers start.
         sigmas = self.scheduler.sigmas.tolist()
         runs = self.runs(first_step, num_inference_steps, *jumps)

@@ -166,7 +166,7 @@ def cannot_write(path: Path, error: Exception) -> str:
     found, free = checkpoints(path.parent), shutil.disk_usage(path.parent).free
     needed = folder_size(found[-1]) if found else None
     full = getattr(error, "errno", None) == errno.ENOSPC or "space" in str(error) or (needed or 1 << 20) > free
-    reason = "no space left on the device" if full else str(error).splitlines()[0]
+    reason = "No space left on the device" if full else str(error).splitlines()[0]
     sizes = f" A checkpoint takes about {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free." if needed else ""
     kept = f" {found[-1].name} and the earlier checkpoints are unharmed." if found else ""
     return (
