@@ -4,7 +4,7 @@ import inspect
 import math
 import numbers
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Union, get_args, get_origin
 
@@ -70,11 +70,11 @@ LEVEL_ARGUMENTS = (
 )  # fmt: skip
 
 
-def check_types(model: nn.Module) -> None:
-    """Check that the configuration of a network has values of the types that its `__init__` is annotated with."""
+def check_types(model: nn.Module, other: Collection[str] = ()) -> None:
+    """Check the configuration of a network against the annotations of its `__init__`, but for `other` arguments."""
     for name, parameter in inspect.signature(type(model).__init__).parameters.items():
         value = model.config.get(name)
-        if name in model.config and not has_type(value, parameter.annotation):
+        if name in model.config and name not in other and not has_type(value, parameter.annotation):
             wanted = getattr(parameter.annotation, "__name__", None) or str(parameter.annotation)
             raise ValueError(f"{name} must be {wanted.replace('collections.abc.', '')}, got {value!r}.")
 

@@ -608,9 +608,9 @@ class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, Config
         out_channels: int | None = None,
         patch_size: int | tuple[int, int] = 4,
         widths: Sequence[int] = (128, 256, 512),
-        depths: Sequence[int] = (2, 2, 4),
-        ff_widths: Sequence[int] | None = None,
-        attention_types: Sequence[str] | None = None,
+        depths: int | Sequence[int] = (2, 2, 4),
+        ff_widths: int | Sequence[int] | None = None,
+        attention_types: str | Sequence[str] | None = None,
         attention_head_dim: int | Sequence[int] = 64,
         kernel_size: int | Sequence[int] = 7,
         window_size: int | Sequence[int] = 8,
@@ -631,7 +631,7 @@ class HDiTModel(RemoteCodeMixin, SafeWeights, ModelMixin, AttentionMixin, Config
         position_size: int | tuple[int, int] | None = None,
     ):
         super().__init__()
-        check_types(self)
+        check_types(self, other=DESIGN_CHOICES)
         self.levels = resolve_levels(self.config, tuple(ATTENTION_PROCESSORS))
         check_design_choices(self.config, self.levels, DESIGN_CHOICES)
         self.patch_size = pair("patch_size", patch_size)
