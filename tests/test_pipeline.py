@@ -282,7 +282,7 @@ def test_errors_before_the_first_evaluation(make_pipeline, calls, arguments, mes
 def test_labels_that_are_no_labels(make_pipeline):
     pipe = make_pipeline(num_classes=3)
     assert len(pipe(np.int64(2), num_inference_steps=1).images) == 1
-    with pytest.raises(TypeError, match="integer"):
+    with pytest.raises(ValueError, match="class numbers or names"):
         pipe([1.9])
 
 
