@@ -79,8 +79,8 @@ def changed_bytes(draw, valid):
     return bytes(data)
 
 
-def feed(examples, strategy, read):
-    """Call `read` with values of a strategy; nothing but ValueError and OSError may come out of it."""
+def feed(examples, strategy, read, name=""):
+    """Call `read` with values of a strategy; only ValueError and OSError may come out of it, and they name the file."""
 
     @hypothesis.settings(
         max_examples=examples, deadline=None, database=None, derandomize=True,
@@ -91,7 +91,7 @@ def feed(examples, strategy, read):
         try:
             read(value)
         except (ValueError, OSError) as error:
-            assert str(error).strip(), "an error without a sentence"
+            assert str(error).strip() and name in str(error), f"an error that does not name {name!r}: {error}"
 
     check()
 
@@ -168,7 +168,7 @@ def test_checkpoints_of_k_diffusion(examples, name, reference_files, tmp_path):
         path.write_bytes(data)
         read_checkpoint(path)
 
-    feed(examples, changed_bytes(valid), read)
+    feed(examples, changed_bytes(valid), read, name)
 
 
 READERS = {
@@ -199,7 +199,7 @@ def test_files(examples, name, tmp_path):
         path.write_bytes(data)
         READERS[name](path)
 
-    feed(examples, changed_bytes(valid), read)
+    feed(examples, changed_bytes(valid), read, name)
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)

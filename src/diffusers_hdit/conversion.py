@@ -237,18 +237,18 @@ def weights_from_reference(model: HDiTModel, weights: Mapping[str, Tensor]) -> d
 def read_checkpoint(checkpoint: str | os.PathLike | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict | None]:
     """Weights under the reference's names, and the configuration that lies beside them, if any. EMA weights if there are."""
     if isinstance(checkpoint, Mapping):
-        contents, metadata = dict(checkpoint), {}
+        path, contents, metadata = "the state dict", dict(checkpoint), {}
     else:
         path = Path(checkpoint)
         if not path.is_file():
             raise ValueError(f"there is no checkpoint file {str(path)!r}.")
         contents, metadata = read_safetensors(path) if path.suffix == ".safetensors" else (read_pickle(path), {})
-    config = json.loads(metadata["config"]) if "config" in metadata else contents.get("config")
+    config = embedded_config(path, metadata) if "config" in metadata else contents.get("config")
     weights = contents.get("model_ema") or contents.get("model") or contents
     if not isinstance(weights, Mapping) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
         raise ValueError(
-            "this is not a checkpoint of the reference: expected a state dict, or a training checkpoint with 'model_ema' "
-            f"or 'model'; found the keys {list(contents)[:8]}."
+            f"{str(path)!r} is not a checkpoint of the reference: expected a state dict, or a training checkpoint with "
+            f"'model_ema' or 'model'; found the keys {list(contents)[:8]}."
         )
     return dict(weights), config
 
@@ -259,6 +259,16 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} is not a readable safetensors file: {error}") from error
+
+
+def embedded_config(path: Path, metadata: Mapping[str, str]) -> dict | None:
+    """Return the configuration in the metadata of a safetensors file, None if there is none."""
+    try:
+        return json.loads(metadata.get("config", "null"))
+    except ValueError as error:
+        raise ValueError(
+            f"the configuration in the metadata of {str(path)!r} is not readable JSON: {error}"
+        ) from error
 
 
 def read_pickle(path: Path) -> dict:
@@ -279,7 +289,7 @@ def read_config(config: str | os.PathLike | dict) -> dict:
         return dict(config)
     path = Path(config)
     if path.suffix == ".safetensors":
-        found = json.loads(read_safetensors(path)[1].get("config", "null"))
+        found = embedded_config(path, read_safetensors(path)[1])
         if found is None:
             raise ValueError(f"{str(path)!r} has no configuration in its metadata.")
         return found
@@ -301,14 +311,17 @@ def load_pipeline(
         raise ValueError(
             "the checkpoint holds no configuration; give the one it was trained with: config=FILE.json (--config)."
         )
+    where = repr(str(config)) if isinstance(config, (str, os.PathLike)) else "the configuration"
     config = found if config is None else read_config(config)
     try:
         model = HDiTModel(**model_config_from_reference(config))
         scheduler = EDMDPMSolverMultistepScheduler(**scheduler_config_from_reference(config))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:
         raise ValueError(
-            f"the configuration has a value of a wrong type or shape, or lacks one ({type(error).__name__}: {error}); give "
-            "the one that k-diffusion trained with."
+            f"{where} has a value of a wrong type or shape, or lacks one ({type(error).__name__}: {error}); give the one "
+            "that k-diffusion trained with."
         ) from error
     model.load_state_dict(weights_from_reference(model, weights))
     cast_parameters(model.eval(), dtype or torch.float32)

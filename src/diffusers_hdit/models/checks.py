@@ -85,15 +85,15 @@ def has_type(value: object, annotation: object) -> bool:
     if isinstance(annotation, types.UnionType) or get_origin(annotation) is Union:
         return any(has_type(value, member) for member in inner)
     if inner:  # tuple[int, int] or Sequence[int]
-        several = (
-            inner if get_origin(annotation) is tuple else inner * (len(value) if hasattr(value, "__len__") else 0)
-        )
-        is_list = isinstance(value, (list, tuple)) and len(value) == len(several)
-        return is_list and all(map(has_type, value, several))
+        if not isinstance(value, (list, tuple)):
+            return False
+        members = inner if get_origin(annotation) is tuple else inner * len(value)
+        return len(value) == len(members) and all(map(has_type, value, members))
     if annotation in (int, float):
         number = numbers.Integral if annotation is int else numbers.Real
-        return isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)
-    return annotation in (inspect.Parameter.empty, Any) or isinstance(value, annotation or type(None))
+        is_number = isinstance(value, number) and not isinstance(value, bool)
+        return is_number and not (isinstance(value, float) and not math.isfinite(value))
+    return annotation in (inspect.Parameter.empty, Any) or isinstance(value, annotation)
 
 
 def resolve_levels(config: Mapping, allowed_types: Sequence[str]) -> list[Level]:

@@ -43,8 +43,6 @@ from .ema import EMAWeights
 
 
 CHECKSUMS = "checksums.json"
-# What PyTorch and safetensors raise where a file cannot be written.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 # Settings that a run in a folder of its own may change when it starts from another run's checkpoint.
 FORKS_MAY_CHANGE = (
     *names_where(resume="fork"),
@@ -150,6 +148,14 @@ def delete_old(output_dir: Path, step: int, total_limit: int | None) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
+def as_os_error(write: Callable[[], None]) -> None:
+    """Call a function that writes files; PyTorch and safetensors have errors of their own where the disk is full."""
+    try:
+        write()
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(str(error)) from error
+
+
 def delete_before_full_disk(output_dir: Path, step: int, total_limit: int | None) -> None:
     """Delete what is over the limit before the next checkpoint is written, not after, if there is no room for one more."""
     earlier = checkpoints(output_dir)
@@ -161,11 +167,11 @@ def folder_size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def cannot_write(path: Path, error: Exception) -> str:
+def cannot_write(path: Path, error: OSError) -> str:
     """Say why a checkpoint was not written: a full disk reads otherwise in every library."""
     found, free = checkpoints(path.parent), shutil.disk_usage(path.parent).free
     needed = folder_size(found[-1]) if found else None
-    full = getattr(error, "errno", None) == errno.ENOSPC or "space" in str(error) or (needed or 1 << 20) > free
+    full = error.errno == errno.ENOSPC or "No space left" in str(error) or (needed or 0) > free
     reason = "No space left on the device" if full else str(error).splitlines()[0]
     sizes = f" A checkpoint takes about {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free." if needed else ""
     kept = f" {found[-1].name} and the earlier checkpoints are unharmed." if found else ""
@@ -299,13 +305,13 @@ def save_checkpoint(
             extra = {} if accelerator.scaler is None else {"grad_scaler": accelerator.scaler.state_dict()}
             (folder / "progress.json").write_text(json.dumps({**progress, **extra}))
 
-        broadcast_from_main(write_files, WRITE_ERRORS)
+        broadcast_from_main(functools.partial(as_os_error, write_files))
 
     make_room = functools.partial(delete_before_full_disk, Path(output_dir), progress["step"], total_limit)
     broadcast_from_main(make_room)
     try:
         write_folder(path, write, accelerator)
-    except WRITE_ERRORS as error:
+    except OSError as error:
         if accelerator.is_main_process:
             remove_leftovers(Path(output_dir))
         raise OSError(cannot_write(path, error)) from error

@@ -266,7 +266,7 @@ class MetricsFile:
 def read_lines(path: Path) -> list[dict]:
     """Read the lines of a `metrics.jsonl`; one that was cut off by a crash is left out."""
     lines = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             lines.append(json.loads(line))
         except ValueError:

@@ -134,13 +134,8 @@ def run_training(config: TrainingConfig) -> None:
         SystemExit: for a training that diverged, after naming the last good checkpoint.
     """
     check_network(config)
-    try:
-        check_writable(Path(config.output_dir))
-    except OSError as error:
-        raise OSError(
-            f"--output_dir {config.output_dir!r} cannot be written to ({error}). Give another one."
-        ) from error
     accelerator = make_accelerator(config)
+    broadcast_from_main(functools.partial(check_output_dir, config))  # two would remove the folder under each other
     find = functools.partial(checkpointing.find_checkpoint, config.output_dir, config.resume_from_checkpoint)
     checkpoint = broadcast_from_main(find, errors=(ValueError, OSError))  # it reads whole files
     run = prepare_run(config, accelerator, load_dataset(config, accelerator))
@@ -156,8 +151,7 @@ def run_training(config: TrainingConfig) -> None:
     open_logs(run)
 
     try:
-        if train(run, loader):
-            finish(run)
+        finished = train(run, loader)
     except TrainingDiverged as error:
         good = broadcast_from_main(functools.partial(checkpointing.last_good, config.output_dir))
         sys.exit(
@@ -165,6 +159,8 @@ def run_training(config: TrainingConfig) -> None:
             + (f"The last good checkpoint is {good}." if good else "There was no good checkpoint yet.")
             + " A lower --learning_rate is the usual remedy: in another --output_dir, with --resume_from_checkpoint."
         )
+    if finished:
+        finish(run)
     # Also because PyTorch's gloo must not be shut down while its thread still releases a collective's tensors: both would
     # wait for Python's lock for ever.
     accelerator.wait_for_everyone()
@@ -206,6 +202,16 @@ def check_network(config: TrainingConfig) -> None:
     except TypeError as error:
         raise ValueError(f'the config\'s "model" has a value of a wrong type: {error}') from error
     make_scheduler(config.scheduler)
+
+
+def check_output_dir(config: TrainingConfig) -> None:
+    """Raise OSError unless files can be written into the output folder, or it can be made."""
+    try:
+        check_writable(Path(config.output_dir))
+    except OSError as error:
+        raise OSError(
+            f"--output_dir {config.output_dir!r} cannot be written to ({error}). Give another one."
+        ) from error
 
 
 def meta_network(config: TrainingConfig) -> ModelMixin:
