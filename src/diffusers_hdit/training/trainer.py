@@ -135,9 +135,9 @@ def run_training(config: TrainingConfig) -> None:
     """
     check_network(config)
     accelerator = make_accelerator(config)
-    broadcast_from_main(functools.partial(check_output_dir, config))  # two would remove the folder under each other
     find = functools.partial(checkpointing.find_checkpoint, config.output_dir, config.resume_from_checkpoint)
     checkpoint = broadcast_from_main(find, errors=(ValueError, OSError))  # it reads whole files
+    broadcast_from_main(functools.partial(check_output_dir, config))  # two would remove the folder under each other
     run = prepare_run(config, accelerator, load_dataset(config, accelerator))
     loader = make_run_loader(run)
     if checkpoint is not None:
